@@ -1,0 +1,330 @@
+"""Advantage and return estimators, each of them one reverse linear scan (`rlhf.scan`) over masked steps.
+
+Common to all, with time the last axis:
+
+- `action_mask` [..., T] marks the steps at which the policy acted. Other slots, padding as well as gaps between actions
+  (the tokens a tool returned), are no steps of the decision process: they are neither discounted nor credited, the
+  estimate carries through gaps, and whatever they hold, NaN included, changes nothing. Results are 0 there.
+- What follows an action is worth 0 if the step `terminated`; `bootstrap_values` at that step if it was `truncated`
+  (both flags: terminated); the value of the row's next action otherwise. After the row's last action there is nothing:
+  to continue a rollout window beyond its edge, flag its last step truncated and give V(next state) in
+  `bootstrap_values`. In either case nothing is carried back across the end of the episode.
+- Nothing here is differentiated: results are detached.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.checks import InputError, check_float, check_mask, check_range, check_same_shape, check_time_axis
+from rlhf.masking import fill_masked
+from rlhf.scan import reverse_linear_scan
+
+
+class AdvantageEstimate(NamedTuple):
+    """advantages [..., T] in reward units, and returns = advantages + values, the value function's targets."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+class _Steps(NamedTuple):
+    """The decision process under a mask: masked slots hold zeros."""
+
+    rewards: Tensor  # [..., T]
+    values: Tensor  # [..., T] V(s_t); zeros where an estimator has no value function
+    next_values: Tensor  # [..., T] worth of what follows step t, bootstrap included
+    bootstrap: Tensor  # [..., T] next_values where the episode was cut off, else 0
+    continues: Tensor  # [..., T] bool: the row's next action belongs to the same episode
+    action_mask: Tensor  # [..., T] bool
+
+
+def monte_carlo_returns(
+    rewards: Tensor,
+    action_mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> Tensor:
+    """Discounted reward-to-go, G_t = r_t + gamma * G_{t+1}.
+
+    Args:
+        rewards: [..., T] float, reward units.
+        action_mask: [..., T] bool.
+        gamma: 0 <= gamma <= 1, discount per action.
+        terminated, truncated: [..., T] bool or None (nowhere); see the module.
+        bootstrap_values: [..., T] float, V of the state after the step; read only where truncated.
+    Returns:
+        [..., T], 0 in masked slots.
+    Raises:
+        InputError: shapes differ, a mask is not bool, gamma is out of range, truncated without bootstrap_values.
+    Source: Sutton & Barto 2018, eq. 3.9; reward-to-go: Williams 1992, REINFORCE.
+    """
+    steps = _steps(rewards, None, action_mask, gamma, terminated, truncated, bootstrap_values)
+    return _carry(steps, steps.rewards + gamma * steps.bootstrap, gamma)
+
+
+def episode_returns(
+    rewards: Tensor,
+    action_mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> Tensor:
+    """The whole episode's discounted return R(tau), discounted from its first step, at each of its steps.
+
+    REINFORCE before reward-to-go; unbiased too, with more variance. Arguments, shapes and errors are those of
+    `monte_carlo_returns`.
+    Source: Sutton & Barto 2018, section 13.3.
+    """
+    steps = _steps(rewards, None, action_mask, gamma, terminated, truncated, bootstrap_values)
+    to_go = _carry(steps, steps.rewards + gamma * steps.bootstrap, gamma)
+    # An episode starts at an action whose predecessor does not continue. Forwards in time, keep the start's return.
+    starts = action_mask & ~_continued_before(steps)
+    kept = reverse_linear_scan((to_go * starts).flip(-1), (~starts).to(to_go.dtype).flip(-1)).flip(-1)
+    return fill_masked(kept, action_mask)
+
+
+def td0_returns(
+    rewards: Tensor,
+    values: Tensor,
+    action_mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> Tensor:
+    """One-step targets r_t + gamma * V(s_{t+1}); minus the values they are the TD(0) advantage.
+
+    Args:
+        rewards: [..., T] float, reward units.
+        values: [..., T] float, V(s_t).
+        Others as in `monte_carlo_returns`.
+    Returns:
+        [..., T], 0 in masked slots.
+    Raises:
+        InputError: as in `monte_carlo_returns`.
+    Source: Sutton & Barto 2018, eq. 6.2.
+    """
+    steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
+    return fill_masked(steps.rewards + gamma * steps.next_values, action_mask)
+
+
+def n_step_returns(
+    rewards: Tensor,
+    values: Tensor,
+    action_mask: Tensor,
+    *,
+    n: int,
+    gamma: float = 1.0,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> Tensor:
+    """n rewards, then the value: sum_{k<n} gamma^k r_{t+k} + gamma^n V(s_{t+n}); shorter where the episode ends.
+
+    n = 1 is `td0_returns`; n of at least the episode's length is `monte_carlo_returns`. Takes n passes.
+
+    Args:
+        n: number of rewards, at least 1.
+        Others as in `td0_returns`.
+    Returns:
+        [..., T], 0 in masked slots.
+    Raises:
+        InputError: n < 1, or as in `monte_carlo_returns`.
+    Source: Sutton & Barto 2018, eq. 7.1.
+    """
+    check_range("n", n, low=1)
+    steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
+    following = _next_action(action_mask)
+    ended = steps.rewards + gamma * steps.bootstrap
+    returns = steps.rewards + gamma * steps.next_values
+    for _ in range(min(n, rewards.shape[-1]) - 1):
+        returns = torch.where(steps.continues, steps.rewards + gamma * _gather_next(returns, following), ended)
+    return fill_masked(returns, action_mask)
+
+
+def td_lambda_returns(
+    rewards: Tensor,
+    values: Tensor,
+    action_mask: Tensor,
+    *,
+    td_lambda: float,
+    gamma: float = 1.0,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> Tensor:
+    """lambda-returns, G_t = r_t + gamma * ((1 - lambda) V(s_{t+1}) + lambda G_{t+1}).
+
+    lambda = 0 is `td0_returns`, lambda = 1 `monte_carlo_returns`; minus the values they are `gae`'s advantages.
+
+    Args:
+        td_lambda: 0 <= td_lambda <= 1.
+        Others as in `td0_returns`.
+    Returns:
+        [..., T], 0 in masked slots.
+    Raises:
+        InputError: td_lambda is out of range, or as in `monte_carlo_returns`.
+    Source: Sutton & Barto 2018, eq. 12.2 in recursive form.
+    """
+    check_range("td_lambda", td_lambda, low=0, high=1)
+    steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
+    # Where the episode goes on, lambda of the future is the recursion's; where it was cut off, all is bootstrapped.
+    future = torch.where(steps.continues, (1 - td_lambda) * steps.next_values, steps.bootstrap)
+    return _carry(steps, steps.rewards + gamma * future, gamma * td_lambda)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    action_mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> AdvantageEstimate:
+    """Generalised advantage estimation, A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V(s_{t+1}) - V(s_t).
+
+    lambda = 1 is Monte Carlo minus the value, lambda = 0 the TD(0) advantage.
+
+    Args:
+        rewards: [..., T] float, reward units.
+        values: [..., T] float, V(s_t); detached.
+        action_mask: [..., T] bool.
+        gamma, gae_lambda: each in [0, 1], per action.
+        terminated, truncated: [..., T] bool or None (nowhere); see the module.
+        bootstrap_values: [..., T] float, V of the state after the step; read only where truncated.
+    Returns:
+        AdvantageEstimate(advantages [..., T], returns [..., T]), 0 in masked slots.
+    Raises:
+        InputError: shapes differ, a mask is not bool, a coefficient is out of range, truncated without bootstrap_values.
+    Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16.
+    """
+    check_range("gae_lambda", gae_lambda, low=0, high=1)
+    steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
+    delta = steps.rewards + gamma * steps.next_values - steps.values
+    advantages = _carry(steps, delta, gamma * gae_lambda)
+    return AdvantageEstimate(advantages, fill_masked(advantages + steps.values, action_mask))
+
+
+def group_normalized_advantages(
+    scores: Tensor, group_ids: Tensor, *, divide_by_std: bool = True, ddof: int = 1, epsilon: float = 0.0
+) -> Tensor:
+    """(score - group mean) / (group std + epsilon), one advantage per sequence, shared by all its tokens.
+
+    A group without signal (all scores equal, or one member) gets exactly 0: scores are compared with each other, since
+    the std of equal float32 numbers need not be 0. So epsilon is not needed against division by zero, and its default
+    leaves the result invariant to a * score + b (a > 0).
+
+    Args:
+        scores: [B] float, one verdict per sequence.
+        group_ids: [B] int64, equal for samples of the same prompt; any numbering, any order, any group sizes.
+        divide_by_std: False only centres (Dr. GRPO).
+        ddof: 1 for the unbiased std, 0 for the biased one.
+        epsilon: added to the std, in score units.
+    Returns:
+        [B], dimensionless (score units if not divided).
+    Raises:
+        InputError: shapes differ, scores are not [B] floats, group_ids not integers, ddof not 0 or 1, epsilon < 0.
+    Source: Shao et al. 2024 (GRPO), arXiv:2402.03300, section 4.1.2; without std: Liu et al. 2025, arXiv:2503.20783.
+    """
+    check_same_shape(scores=scores, group_ids=group_ids)
+    check_float(scores=scores)
+    check_range("ddof", ddof, low=0, high=1)
+    check_range("epsilon", epsilon, low=0)
+    if scores.ndim != 1:
+        raise InputError(f"scores must be [B], one per sequence, got {list(scores.shape)}")
+    if group_ids.is_floating_point() or group_ids.dtype == torch.bool:
+        raise InputError(f"group_ids must be integers, got {group_ids.dtype}")
+    scores = scores.detach()
+    _, members = torch.unique(group_ids, return_inverse=True)
+    empty = scores.new_zeros(scores.shape[0])  # at most B groups
+    lowest = empty.scatter_reduce(0, members, scores, "amin", include_self=False)[members]
+    highest = empty.scatter_reduce(0, members, scores, "amax", include_self=False)[members]
+    count = empty.index_add(0, members, torch.ones_like(scores))[members]
+
+    # Measured from the group's lowest score: a common offset of 5,000 would cost the mean half its digits.
+    above = scores - lowest
+    centred = above - empty.index_add(0, members, above)[members] / count
+    if divide_by_std:
+        variance = empty.index_add(0, members, centred.square())[members] / (count - ddof).clamp(min=1)
+        centred = centred / (variance.sqrt() + epsilon)
+    return torch.where(highest > lowest, centred, 0.0)
+
+
+def _steps(
+    rewards: Tensor,
+    values: Tensor | None,
+    action_mask: Tensor,
+    gamma: float,
+    terminated: Tensor | None,
+    truncated: Tensor | None,
+    bootstrap_values: Tensor | None,
+) -> _Steps:
+    """Check the arguments and lay the decision process out: what follows each action, and what it is worth."""
+    check_same_shape(
+        rewards=rewards,
+        values=values,
+        action_mask=action_mask,
+        terminated=terminated,
+        truncated=truncated,
+        bootstrap_values=bootstrap_values,
+    )
+    check_float(rewards=rewards, values=values, bootstrap_values=bootstrap_values)
+    check_mask(action_mask=action_mask, terminated=terminated, truncated=truncated)
+    check_time_axis(rewards=rewards)
+    check_range("gamma", gamma, low=0, high=1)
+    if truncated is not None and bootstrap_values is None:
+        raise InputError("truncated needs bootstrap_values: V of the state after each step, read where truncated")
+
+    nowhere = torch.zeros_like(action_mask)
+    terminated = nowhere if terminated is None else terminated
+    cut_off = nowhere if truncated is None else action_mask & truncated & ~terminated
+    rewards = fill_masked(rewards.detach(), action_mask)
+    values = (
+        torch.zeros_like(rewards) if values is None else fill_masked(values.detach(), action_mask).to(rewards.dtype)
+    )
+    bootstrap = torch.zeros_like(rewards)
+    if bootstrap_values is not None:
+        bootstrap = fill_masked(bootstrap_values.detach(), cut_off).to(rewards.dtype)
+    following = _next_action(action_mask)
+    continues = action_mask & ~terminated & ~cut_off & (following < rewards.shape[-1])
+    next_values = torch.where(continues, _gather_next(values, following), bootstrap)
+    return _Steps(rewards, values, next_values, bootstrap, continues, action_mask)
+
+
+def _carry(steps: _Steps, x: Tensor, decay: float) -> Tensor:
+    """y_t = x_t + decay * y_{next action}, cut at episode ends; gaps pass y through untouched."""
+    decays = torch.where(steps.action_mask, decay * steps.continues, 1.0).to(x.dtype)
+    return fill_masked(reverse_linear_scan(fill_masked(x, steps.action_mask), decays), steps.action_mask)
+
+
+def _next_action(action_mask: Tensor) -> Tensor:
+    """Index of the row's first action after each slot, T if there is none: [..., T] int64."""
+    length = action_mask.shape[-1]
+    here = torch.where(action_mask, torch.arange(length, device=action_mask.device), length)
+    first_from_here = here.flip(-1).cummin(-1).values.flip(-1)
+    return torch.nn.functional.pad(first_from_here[..., 1:], (0, 1), value=length)
+
+
+def _gather_next(x: Tensor, following: Tensor) -> Tensor:
+    """x at the row's next action, 0 if there is none."""
+    return torch.nn.functional.pad(x, (0, 1)).gather(-1, following)
+
+
+def _continued_before(steps: _Steps) -> Tensor:
+    """Whether the row's previous action continues into each slot: [..., T] bool."""
+    last = torch.arange(steps.continues.shape[-1], device=steps.continues.device)
+    position = torch.where(steps.action_mask, last, -1).cummax(-1).values
+    previous = torch.nn.functional.pad(position[..., :-1], (1, 0), value=-1)
+    continues = torch.nn.functional.pad(steps.continues, (1, 0))  # slot 0: before the first action nothing continues
+    return continues.gather(-1, previous + 1)

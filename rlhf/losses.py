@@ -1,0 +1,237 @@
+"""Losses per action, unreduced. `rlhf.reduce` turns them into one number.
+
+All take `action_mask` and give exactly 0, with exactly 0 gradient, where it is False: padding may hold anything. A mask
+applied only after the loss would come too late, since 0 * NaN and 0 * inf are NaN in the backward pass. Where every
+slot is an action (a game), pass `torch.ones_like(x, dtype=torch.bool)`.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.checks import InputError, check_float, check_mask, check_range, check_same_shape
+from rlhf.masking import fill_masked
+
+
+class SurrogateTerms(NamedTuple):
+    """loss [...], ratio [...] (detached; 1 in masked slots), is_clipped bool [...] (False in masked slots)."""
+
+    loss: Tensor
+    ratio: Tensor
+    is_clipped: Tensor
+
+
+class ActorCriticTerms(NamedTuple):
+    """policy_loss [...] and value_loss [...] of one-step actor-critic."""
+
+    policy_loss: Tensor
+    value_loss: Tensor
+
+
+class ValueTerms(NamedTuple):
+    """loss [...] and is_clipped bool [...]: where the clipped prediction's error was the larger one."""
+
+    loss: Tensor
+    is_clipped: Tensor
+
+
+def reinforce_loss(
+    log_probs: Tensor, returns: Tensor, action_mask: Tensor, *, baseline: Tensor | None = None
+) -> Tensor:
+    """The policy gradient's loss, -(returns - baseline) * log pi(a|s): on-policy, no ratio.
+
+    With `monte_carlo_returns` it is REINFORCE with reward-to-go; with a value as baseline or with ready advantages
+    (`gae`, group-normalised) it is the vanilla policy gradient on them.
+
+    Args:
+        log_probs: [...] float, nats; carries the gradient.
+        returns: [...] float, reward units; detached.
+        action_mask: [...] bool.
+        baseline: [...] float, reward units, or None for 0; must not depend on the action; detached.
+    Returns:
+        [...], 0 in masked slots.
+    Raises:
+        InputError: shapes differ or the mask is not bool.
+    Source: Williams 1992, REINFORCE; Sutton & Barto 2018, eq. 13.11.
+    """
+    check_same_shape(log_probs=log_probs, returns=returns, baseline=baseline, action_mask=action_mask)
+    check_float(log_probs=log_probs, returns=returns, baseline=baseline)
+    advantages = returns.detach() if baseline is None else returns.detach() - baseline.detach()
+    return -fill_masked(advantages, action_mask) * fill_masked(log_probs, action_mask)
+
+
+def actor_critic_loss(log_probs: Tensor, values: Tensor, td_targets: Tensor, action_mask: Tensor) -> ActorCriticTerms:
+    """One-step actor-critic: the TD error drives both, -delta * log pi and 0.5 * delta^2, delta = target - V(s).
+
+    Args:
+        log_probs: [...] float, nats; carries the actor's gradient.
+        values: [...] float, V(s) of the critic being trained; carries the critic's gradient.
+        td_targets: [...] float, `td0_returns`; detached (semi-gradient).
+        action_mask: [...] bool.
+    Returns:
+        ActorCriticTerms(policy_loss [...], value_loss [...]), 0 in masked slots.
+    Raises:
+        InputError: shapes differ or the mask is not bool.
+    Source: Sutton & Barto 2018, section 13.5 (undiscounted form: without the factor gamma^t).
+    """
+    policy_loss = reinforce_loss(log_probs, td_targets, action_mask, baseline=values)
+    return ActorCriticTerms(policy_loss, value_loss(values, td_targets, action_mask).loss)
+
+
+def importance_weighted_loss(
+    log_probs: Tensor, behavior_log_probs: Tensor, advantages: Tensor, action_mask: Tensor
+) -> SurrogateTerms:
+    """Off-policy policy gradient: -r * A with r = pi(a|s) / mu(a|s), unclipped. The gradient goes through r.
+
+    Unbiased per step for actions drawn from mu (given its state distribution); its variance grows with the ratio's.
+
+    Args:
+        log_probs: [...] float, nats; carries the gradient.
+        behavior_log_probs: [...] float, nats; same actions, policy that drew them; detached.
+        advantages: [...] float, reward units; detached.
+        action_mask: [...] bool.
+    Returns:
+        SurrogateTerms(loss [...], ratio [...], is_clipped all False).
+    Raises:
+        InputError: shapes differ or the mask is not bool.
+    Source: Degris et al. 2012, arXiv:1205.4839, eq. 5; Schulman et al. 2015, arXiv:1502.05477, eq. 14.
+    """
+    ratio, advantages = _ratio_and_advantages(log_probs, behavior_log_probs, advantages, action_mask)
+    return SurrogateTerms(-ratio * advantages, ratio.detach(), torch.zeros_like(action_mask))
+
+
+def clipped_surrogate_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    action_mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+) -> SurrogateTerms:
+    """PPO's clipped surrogate for each action: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = pi / pi_old.
+
+    Args:
+        log_probs: [...] float, nats; carries the gradient.
+        old_log_probs: [...] float, nats; same actions, policy that collected them; detached.
+        advantages: [...] float, reward units (none once normalised); detached.
+        action_mask: [...] bool.
+        clip_low, clip_high: dimensionless, 0 < clip_low < 1, clip_high > 0.
+    Returns:
+        SurrogateTerms(loss [...], ratio [...], is_clipped bool [...]: the clipped branch was taken, no gradient).
+    Raises:
+        InputError: shapes differ, the mask is not bool or a bound is out of range; names both.
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; separate bounds: Yu et al. 2025 (DAPO), arXiv:2503.14476.
+    """
+    check_range("clip_low", clip_low, low=0, high=1, low_open=True, high_open=True)
+    check_range("clip_high", clip_high, low=0, low_open=True)
+    ratio, advantages = _ratio_and_advantages(log_probs, old_log_probs, advantages, action_mask)
+    plain = -ratio * advantages
+    clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    return SurrogateTerms(torch.maximum(plain, clipped), ratio.detach(), clipped > plain)
+
+
+def kl_penalized_surrogate_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    action_mask: Tensor,
+    *,
+    kl_coef: float,
+    kl: Tensor | None = None,
+) -> SurrogateTerms:
+    """KL-PPO: -r A + kl_coef * KL(pi_old || pi). Adapt `kl_coef` with `rlhf.kl.adapt_kl_coef_by_doubling`.
+
+    Args:
+        log_probs: [...] float, nats; carries the gradient.
+        old_log_probs: [...] float, nats; same actions, policy that collected them; detached.
+        advantages: [...] float, reward units; detached.
+        action_mask: [...] bool.
+        kl_coef: reward units per nat, >= 0.
+        kl: [...] float, nats, with gradient: the exact KL(pi_old || pi) of each state where the whole distribution is
+            at hand. None estimates it from the action, r - 1 - log r, whose gradient is unbiased too, since the
+            actions come from pi_old.
+    Returns:
+        SurrogateTerms(loss [...], ratio [...], is_clipped all False).
+    Raises:
+        InputError: shapes differ, the mask is not bool or kl_coef < 0.
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 8.
+    """
+    check_range("kl_coef", kl_coef, low=0)
+    check_same_shape(log_probs=log_probs, kl=kl)
+    check_float(kl=kl)
+    ratio, advantages = _ratio_and_advantages(log_probs, old_log_probs, advantages, action_mask)
+    if kl is None:
+        log_ratio = fill_masked(log_probs - old_log_probs.detach(), action_mask)
+        kl = torch.expm1(log_ratio) - log_ratio
+    loss = -ratio * advantages + kl_coef * fill_masked(kl, action_mask)
+    return SurrogateTerms(loss, ratio.detach(), torch.zeros_like(action_mask))
+
+
+def value_loss(
+    values: Tensor,
+    returns: Tensor,
+    action_mask: Tensor,
+    *,
+    old_values: Tensor | None = None,
+    value_clip: float | None = None,
+) -> ValueTerms:
+    """0.5 * (V - returns)^2; with `value_clip` the larger of that and 0.5 * (V_old + clip(V - V_old) - returns)^2.
+
+    Args:
+        values: [...] float, reward units; carries the gradient.
+        returns: [...] float, reward units; detached.
+        action_mask: [...] bool.
+        old_values: [...] float, the critic's values before this update; detached; needed with value_clip.
+        value_clip: half-width of the interval around old_values, reward units, > 0; None does not clip.
+    Returns:
+        ValueTerms(loss [...], is_clipped bool [...]).
+    Raises:
+        InputError: shapes differ, the mask is not bool, value_clip <= 0 or given without old_values.
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 9; clipping: the authors' code, see Huang et al. 2022,
+        "The 37 implementation details of PPO", detail 9.
+    """
+    check_same_shape(values=values, returns=returns, old_values=old_values, action_mask=action_mask)
+    check_float(values=values, returns=returns, old_values=old_values)
+    values, returns = fill_masked(values, action_mask), fill_masked(returns.detach(), action_mask)
+    plain = 0.5 * (values - returns).square()
+    if value_clip is None:
+        return ValueTerms(plain, torch.zeros_like(action_mask))
+    check_range("value_clip", value_clip, low=0, low_open=True)
+    if old_values is None:
+        raise InputError("value_clip needs old_values: the critic's values before this update")
+    old_values = fill_masked(old_values.detach(), action_mask)
+    near = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    clipped = 0.5 * (near - returns).square()
+    return ValueTerms(torch.maximum(plain, clipped), clipped > plain)
+
+
+def categorical_entropy(logits: Tensor, action_mask: Tensor) -> Tensor:
+    """Entropy of softmax(logits) in each state; subtract it, times entropy_coef, from the loss to be minimised.
+
+    Args:
+        logits: [..., V] float, unnormalised, divided by the sampling temperature; carries the gradient.
+            -inf marks an outcome that cannot happen.
+        action_mask: [...] bool.
+    Returns:
+        [...] nats, between 0 and log V; 0 in masked slots.
+    Raises:
+        InputError: logits do not fit the mask, which must be bool.
+    """
+    check_float(logits=logits)
+    check_mask(action_mask=action_mask)
+    check_same_shape(logits_without_last_axis=logits[..., 0], action_mask=action_mask)
+    log_p = torch.where(action_mask.unsqueeze(-1), logits, 0.0).log_softmax(-1)
+    surprise = torch.where(log_p > -torch.inf, -log_p * log_p.exp(), 0.0)
+    return fill_masked(surprise.sum(-1), action_mask)
+
+
+def _ratio_and_advantages(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """pi / pi_old with its gradient (1 in masked slots) and the detached advantages (0 in masked slots)."""
+    check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, action_mask=action_mask)
+    check_float(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
+    ratio = fill_masked(log_probs - old_log_probs.detach(), action_mask).exp()
+    return ratio, fill_masked(advantages.detach(), action_mask)

@@ -1,0 +1,85 @@
+"""Masked sums, means and whitening. What stands in a masked slot, NaN included, never reaches a result or a gradient."""
+
+import torch
+from torch import Tensor
+
+from rlhf.checks import InputError, check_float, check_mask, check_range, check_same_shape
+
+
+def fill_masked(x: Tensor, mask: Tensor, value: float = 0.0) -> Tensor:
+    """x where mask is True, `value` elsewhere; the gradient of masked slots is exactly zero.
+
+    A product with the mask would let NaN and infinity through (NaN * 0 is NaN); a selection does not.
+
+    Args:
+        x: [...] any floating type.
+        mask: [...] bool.
+    Raises:
+        InputError: shapes differ, or the mask is not bool.
+    """
+    check_same_shape(x=x, mask=mask)
+    check_mask(mask=mask)
+    return torch.where(mask, x, value)
+
+
+def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Sum of x over the True slots: [] or, with `dim`, x's shape without that axis. An empty mask gives 0."""
+    check_float(x=x)
+    filled = fill_masked(x, mask)
+    return filled.sum() if dim is None else filled.sum(dim)
+
+
+def masked_mean(
+    x: Tensor, mask: Tensor, dim: int | None = None, *, denominator: Tensor | float | None = None
+) -> Tensor:
+    """Masked sum divided by `denominator`, or by the number of True slots if none is given. An empty mask gives 0.
+
+    Args:
+        x: [...] float. mask: [...] bool.
+        dim: axis to average over; all if None.
+        denominator: count to divide by, for instance that of all micro-batches and ranks; below 1 it counts as 1.
+    """
+    total = masked_sum(x, mask, dim)
+    if denominator is None:
+        denominator = mask.sum() if dim is None else mask.sum(dim)
+    return total / torch.as_tensor(denominator, device=x.device, dtype=x.dtype).clamp(min=1)
+
+
+def masked_var(x: Tensor, mask: Tensor, *, ddof: int = 1) -> Tensor:
+    """Variance over all True slots, dividing by count - ddof; [] in x's units squared. 0 if count <= ddof."""
+    check_range("ddof", ddof, low=0)
+    x = fill_masked(x, mask)  # first of all: the gradient of NaN squared is NaN, whatever is selected later
+    deviation = x - masked_mean(x, mask)
+    return masked_mean(deviation.square(), mask, denominator=mask.sum() - ddof)
+
+
+def masked_whiten(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    shift_mean: bool = True,
+    ddof: int = 1,
+    epsilon: float = 1e-8,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+) -> Tensor:
+    """(x - mean) / sqrt(var + epsilon) over the True slots, 0 elsewhere.
+
+    Args:
+        x: [...] float. mask: [...] bool.
+        shift_mean: False keeps the mean (adds it back after scaling).
+        ddof: 1 for the unbiased variance, 0 for the biased one.
+        epsilon: added to the variance, in x's units squared.
+        mean, var: [] statistics to use instead of x's own, for a batch spread over ranks; both or neither.
+    Raises:
+        InputError: shapes differ, the mask is not bool, only one of mean and var is given.
+    Source: Huang et al. 2024, arXiv:2403.17031, detail 7 (advantage whitening).
+    """
+    if (mean is None) != (var is None):
+        raise InputError("give both mean and var, or neither")
+    check_range("epsilon", epsilon, low=0)
+    x = fill_masked(x, mask)
+    if mean is None or var is None:
+        mean, var = masked_mean(x, mask), masked_var(x, mask, ddof=ddof)
+    scaled = (x - mean) * torch.rsqrt(var + epsilon)
+    return fill_masked(scaled if shift_mean else scaled + mean, mask)

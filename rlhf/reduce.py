@@ -1,0 +1,90 @@
+"""How losses per token become one number, whose gradient does not depend on how the batch was cut.
+
+Every reduction divides by a `denominator` that the caller counts once, over the whole optimizer step: all micro-batches,
+all ranks. The sum of the micro-batches' results is then the whole batch's result. A mean taken inside a micro-batch and
+averaged again weighs tokens by the company they happen to keep.
+
+    denominator = count(action_mask, how="token_mean")              # the step's mask, summed over ranks
+    for part in micro_batches:
+        reduce(losses[part], action_mask[part], how="token_mean", denominator=denominator).backward()
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf.checks import InputError, check_mask, check_range
+from rlhf.masking import masked_mean, masked_sum
+
+Reduction = Literal["token_mean", "sequence_mean", "fixed_length"]
+
+
+def reduce(
+    per_token: Tensor,
+    action_mask: Tensor,
+    *,
+    how: Reduction,
+    denominator: Tensor | float,
+    length: int | None = None,
+) -> Tensor:
+    """Reduce by name: `token_mean`, `sequence_mean` or `fixed_length` (which alone takes `length`)."""
+    if how == "token_mean":
+        return token_mean(per_token, action_mask, denominator=denominator)
+    if how == "sequence_mean":
+        return sequence_mean(per_token, action_mask, denominator=denominator)
+    if how == "fixed_length":
+        if length is None:
+            raise InputError("how='fixed_length' needs length, the number of tokens every sequence counts as")
+        return fixed_length(per_token, action_mask, denominator=denominator, length=length)
+    raise InputError(f"how must be 'token_mean', 'sequence_mean' or 'fixed_length', got {how!r}")
+
+
+def count(action_mask: Tensor, *, how: Reduction) -> Tensor:
+    """What this mask adds to the denominator: its tokens for token_mean, else its sequences with any token. [] int64."""
+    check_mask(action_mask=action_mask)
+    return action_mask.sum() if how == "token_mean" else action_mask.any(-1).sum()
+
+
+def token_mean(per_token: Tensor, action_mask: Tensor, *, denominator: Tensor | float) -> Tensor:
+    """Sum over all tokens / denominator: every token weighs the same, long sequences weigh more.
+
+    Args:
+        per_token: [..., T] float. action_mask: [..., T] bool.
+        denominator: action tokens in the whole optimizer step; below 1 it counts as 1 (an empty step gives 0).
+    Returns:
+        [] per_token's unit.
+    Source: Yu et al. 2025 (DAPO), arXiv:2503.14476, section 3.3.
+    """
+    return masked_mean(per_token, action_mask, denominator=denominator)
+
+
+def sequence_mean(per_token: Tensor, action_mask: Tensor, *, denominator: Tensor | float) -> Tensor:
+    """Sum over sequences of each one's token mean / denominator: every sequence weighs the same.
+
+    Args:
+        per_token: [B, T] float. action_mask: [B, T] bool; a row without a token counts for nothing.
+        denominator: sequences with any token in the whole optimizer step; below 1 it counts as 1.
+    Returns:
+        [] per_token's unit.
+    Source: Shao et al. 2024 (GRPO), arXiv:2402.03300, eq. 3.
+    """
+    means = masked_mean(per_token, action_mask, dim=-1)
+    return masked_mean(means, torch.ones_like(means, dtype=torch.bool), denominator=denominator)
+
+
+def fixed_length(per_token: Tensor, action_mask: Tensor, *, denominator: Tensor | float, length: int) -> Tensor:
+    """Sum over all tokens / (denominator * length): a token weighs the same in every batch, however long others are.
+
+    Args:
+        per_token: [B, T] float. action_mask: [B, T] bool.
+        denominator: sequences with any token in the whole optimizer step; below 1 it counts as 1.
+        length: tokens, a constant such as the limit on new tokens, >= 1.
+    Returns:
+        [] per_token's unit.
+    Source: Liu et al. 2025 (Dr. GRPO), arXiv:2503.20783, section 3.2.
+    """
+    check_range("length", length, low=1)
+    return masked_mean(
+        masked_sum(per_token, action_mask, dim=-1) / length, action_mask.any(-1), denominator=denominator
+    )

@@ -1,0 +1,58 @@
+"""The one primitive under every estimator: a linear recurrence that runs backwards in time."""
+
+import torch
+from torch import Tensor
+
+from rlhf.checks import check_float, check_same_shape, check_time_axis
+
+# Steps taken one after the other before a level of blocks is closed. A scan over T steps launches about
+# 2 * BLOCK * log_BLOCK(T) kernels, each over T / BLOCK elements a row: T = 4096 takes 103 instead of 8,190.
+BLOCK = 16
+
+
+def reverse_linear_scan(x: Tensor, decay: Tensor) -> Tensor:
+    """y_t = x_t + decay_t * y_{t+1}, with y = 0 after the last step.
+
+    Blocked along time: within every block at once, as if nothing followed it; then the same scan over the blocks'
+    first elements; then each block is completed with what follows it. Work is O(T), depth O(BLOCK log T).
+    Differentiable in both arguments. An exact 0 in `decay` cuts the recurrence (for finite y).
+
+    Args:
+        x: [..., T] float32 or float64, time last.
+        decay: [..., T], one factor per element.
+    Returns:
+        y: [..., T], x's dtype.
+    Raises:
+        InputError: shapes differ, T is 0 or a type is not floating point.
+    Source: Blelloch 1990, "Prefix sums and their applications" (recurrences as scans).
+    """
+    check_same_shape(x=x, decay=decay)
+    check_float(x=x, decay=decay)
+    check_time_axis(x=x)
+    steps = x.shape[-1]
+    if steps <= BLOCK:
+        return _scan_within(x, decay)[0]
+
+    padding = -steps % BLOCK
+    blocks = (*x.shape[:-1], (steps + padding) // BLOCK, BLOCK)
+    local_x = torch.nn.functional.pad(x, (0, padding)).reshape(blocks)
+    local_decay = torch.nn.functional.pad(decay, (0, padding)).reshape(blocks)
+    local, product = _scan_within(local_x, local_decay)
+
+    block_firsts = reverse_linear_scan(local[..., 0], product[..., 0])
+    following = torch.nn.functional.pad(block_firsts[..., 1:], (0, 1))
+    y = torch.addcmul(local, product, following.unsqueeze(-1))
+    return y.flatten(-2)[..., :steps]
+
+
+def _scan_within(x: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Step-by-step scan along the last axis; also the product of the decays from each step to the end."""
+    xs, decays = x.unbind(-1), decay.unbind(-1)
+    y, product = xs[-1], decays[-1]
+    ys, products = [y], [product]
+    for x_t, decay_t in zip(reversed(xs[:-1]), reversed(decays[:-1]), strict=True):
+        y = torch.addcmul(x_t, decay_t, y)
+        product = decay_t * product
+        ys.append(y)
+        products.append(product)
+    return torch.stack(ys[::-1], -1), torch.stack(products[::-1], -1)
