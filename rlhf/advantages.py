@@ -192,9 +192,9 @@ def gae(
     truncated: Tensor | None = None,
     bootstrap_values: Tensor | None = None,
 ) -> AdvantageEstimate:
-    """Generalised advantage estimation, A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V(s_{t+1}) - V(s_t).
+    """Generalised advantage estimation: A_t = delta_t + gamma lambda A_{t+1}.
 
-    lambda = 1 is Monte Carlo minus the value, lambda = 0 the TD(0) advantage.
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t). lambda = 1 is Monte Carlo minus the value, lambda = 0 TD(0).
 
     Args:
         rewards: [..., T] float, reward units.
@@ -206,7 +206,8 @@ def gae(
     Returns:
         AdvantageEstimate(advantages [..., T], returns [..., T]), 0 in masked slots.
     Raises:
-        InputError: shapes differ, a mask is not bool, a coefficient is out of range, truncated without bootstrap_values.
+        InputError: shapes differ, a mask is not bool, a coefficient is out of range, truncated without
+            bootstrap_values.
     Source: Schulman et al. 2016, arXiv:1506.02438, eq. 16.
     """
     check_range("gae_lambda", gae_lambda, low=0, high=1)
@@ -252,13 +253,17 @@ def group_normalized_advantages(
     highest = empty.scatter_reduce(0, members, scores, "amax", include_self=False)[members]
     count = empty.index_add(0, members, torch.ones_like(scores))[members]
 
-    # Measured from the group's lowest score: a common offset of 5,000 would cost the mean half its digits.
-    above = scores - lowest
+    # In units of the group's own range, from its lowest score: neither a common offset of 5,000 nor differences of
+    # 1e-30, whose squares would vanish, cost any digits.
+    has_signal = highest > lowest
+    spread = torch.where(has_signal, highest - lowest, 1.0)
+    above = (scores - lowest) / spread
     centred = above - empty.index_add(0, members, above)[members] / count
+    advantages = centred * spread
     if divide_by_std:
         variance = empty.index_add(0, members, centred.square())[members] / (count - ddof).clamp(min=1)
-        centred = centred / (variance.sqrt() + epsilon)
-    return torch.where(highest > lowest, centred, 0.0)
+        advantages = advantages / (variance.sqrt() * spread + epsilon)
+    return torch.where(has_signal, advantages, 0.0)
 
 
 def _steps(
@@ -290,10 +295,9 @@ def _steps(
     terminated = nowhere if terminated is None else terminated
     cut_off = nowhere if truncated is None else action_mask & truncated & ~terminated
     rewards = fill_masked(rewards.detach(), action_mask)
-    values = (
-        torch.zeros_like(rewards) if values is None else fill_masked(values.detach(), action_mask).to(rewards.dtype)
-    )
-    bootstrap = torch.zeros_like(rewards)
+    zeros = torch.zeros_like(rewards)
+    values = zeros if values is None else fill_masked(values.detach(), action_mask).to(rewards.dtype)
+    bootstrap = zeros
     if bootstrap_values is not None:
         bootstrap = fill_masked(bootstrap_values.detach(), cut_off).to(rewards.dtype)
     following = _next_action(action_mask)

@@ -1,4 +1,4 @@
-"""Masked sums, means and whitening. What stands in a masked slot, NaN included, never reaches a result or a gradient."""
+"""Masked sums, means and whitening: what a masked slot holds, NaN included, reaches neither result nor gradient."""
 
 import torch
 from torch import Tensor

@@ -1,8 +1,8 @@
 """How losses per token become one number, whose gradient does not depend on how the batch was cut.
 
-Every reduction divides by a `denominator` that the caller counts once, over the whole optimizer step: all micro-batches,
-all ranks. The sum of the micro-batches' results is then the whole batch's result. A mean taken inside a micro-batch and
-averaged again weighs tokens by the company they happen to keep.
+Every reduction divides by a `denominator` that the caller counts once, over the whole optimizer step: all of its
+micro-batches, on all ranks. The sum of the micro-batches' results is then the whole batch's result. A mean taken inside
+a micro-batch and averaged again would weigh tokens by the company they happen to keep.
 
     denominator = count(action_mask, how="token_mean")              # the step's mask, summed over ranks
     for part in micro_batches:
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf.checks import InputError, check_mask, check_range
-from rlhf.masking import masked_mean, masked_sum
+from rlhf.masking import masked_mean
 
 Reduction = Literal["token_mean", "sequence_mean", "fixed_length"]
 
@@ -41,7 +41,7 @@ def reduce(
 
 
 def count(action_mask: Tensor, *, how: Reduction) -> Tensor:
-    """What this mask adds to the denominator: its tokens for token_mean, else its sequences with any token. [] int64."""
+    """What this mask adds to the denominator, [] int64: tokens for token_mean, else sequences with any token."""
     check_mask(action_mask=action_mask)
     return action_mask.sum() if how == "token_mean" else action_mask.any(-1).sum()
 
@@ -85,6 +85,4 @@ def fixed_length(per_token: Tensor, action_mask: Tensor, *, denominator: Tensor 
     Source: Liu et al. 2025 (Dr. GRPO), arXiv:2503.20783, section 3.2.
     """
     check_range("length", length, low=1)
-    return masked_mean(
-        masked_sum(per_token, action_mask, dim=-1) / length, action_mask.any(-1), denominator=denominator
-    )
+    return masked_mean(per_token, action_mask, denominator=denominator) / length
