@@ -84,7 +84,7 @@ def main(gguf: Path, out: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         # A model loaded from GGUF counts as quantised, so it can be neither trained nor saved: copy it to one that can.
         config = loaded.config
-        del config.quantization_config
+        vars(config).pop("quantization_config", None)  # not every version of transformers sets it
         ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
         config.update(ids)
         model = AutoModelForCausalLM.from_config(config)

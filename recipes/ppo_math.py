@@ -1,0 +1,101 @@
+"""PPO with an actor, a critic and a reference on mathematics.
+
+    accelerate launch recipes/ppo_math.py                       # no download: a small model learns to add, on a CPU
+    accelerate launch recipes/ppo_math.py --model <folder or hub id> --task gsm8k --data <folder or hub id>
+
+Every option: python recipes/ppo_math.py --help
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from transformers import PreTrainedModel
+
+from rlhf.lm.config import AlgorithmConfig, OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
+from rlhf.lm.embedded import build_model, build_tokenizer, teach_imperfectly
+from rlhf.lm.models import load_actor, load_tokenizer
+from rlhf.lm.tasks import load_task
+from rlhf.lm.trainer import Trainer
+from rlhf.run import LiveView, reporting_errors
+
+SFT_STEPS = 600
+
+# The embedded default: two layers of width 64, one core, seconds.
+EMBEDDED = TrainerConfig(
+    sampling=SamplingConfig(max_prompt_tokens=16, max_new_tokens=5),
+    algorithm=AlgorithmConfig(kl_reward_coef=0.01, gae_lambda=0.95),
+    optimization=OptimizationConfig(
+        steps=150,
+        prompts_per_step=128,
+        samples_per_prompt=1,
+        epochs=2,
+        minibatches=2,
+        learning_rate=1e-3,
+        micro_batch_size=128,
+    ),
+    run=RunConfig(run_dir=Path("runs/ppo_math"), eval_prompts=512),
+)
+# A pretrained model: cautious steps and long completions.
+PRETRAINED = TrainerConfig(
+    sampling=SamplingConfig(max_prompt_tokens=512, max_new_tokens=256),
+    algorithm=AlgorithmConfig(kl_reward_coef=0.01, gae_lambda=1.0),
+    optimization=OptimizationConfig(
+        steps=200,
+        prompts_per_step=64,
+        samples_per_prompt=4,
+        epochs=1,
+        minibatches=4,
+        micro_batch_size=8,
+        learning_rate=1e-6,
+        critic_learning_rate=5e-6,
+        warmup_steps=10,
+    ),
+    run=RunConfig(run_dir=Path("runs/ppo_math"), eval_prompts=128),
+)
+
+
+@dataclass(frozen=True)
+class Args:
+    """PPO on mathematics."""
+
+    model: str | None = None
+    """Folder or hub id of a pretrained model; without it a small one is made and taught on the spot."""
+    task: str = "arithmetic"
+    """arithmetic or gsm8k."""
+    data: str | None = None
+    """For gsm8k: a folder with train.jsonl and test.jsonl, or a hub id."""
+    plain_prompts: bool = False
+    """Ask in plain text, for pretrained models without a chat template."""
+    config: Annotated[TrainerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=lambda: EMBEDDED)
+
+
+def main(args: Args) -> None:
+    tokenizer = build_tokenizer() if args.model is None else load_tokenizer(args.model)
+    task = load_task(args.task, data=args.data, tokenizer=tokenizer, plain_prompts=args.plain_prompts)
+
+    def make_actor() -> PreTrainedModel:
+        if args.model is not None:
+            return load_actor(args.model)
+        seed = args.config.run.seed
+        actor = build_model(seed, tokenizer)
+        with LiveView("supervised", SFT_STEPS, columns=("loss",)) as view:
+            teach_imperfectly(
+                actor,
+                tokenizer,
+                task,
+                seed=seed,
+                steps=SFT_STEPS,
+                on_step=lambda s, loss: view.update(s, {"loss": loss}),
+            )
+        return actor
+
+    Trainer(args.config, tokenizer=tokenizer, task=task, make_actor=make_actor).train()
+
+
+if __name__ == "__main__":
+    pretrained = any(word.split("=")[0] == "--model" for word in sys.argv)
+    with reporting_errors():
+        main(tyro.cli(Args, default=Args(config=PRETRAINED if pretrained else EMBEDDED)))

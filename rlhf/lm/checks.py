@@ -1,0 +1,99 @@
+"""Checks that span arguments, before any long work: processes, rewards, context length, resuming."""
+
+import os
+import warnings
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from rlhf.checks import InputError
+from rlhf.lm.config import SamplingConfig, TrainerConfig
+from rlhf.lm.rewards import RewardFunction, score
+from rlhf.lm.rollout import PromptSet
+from rlhf.lm.tasks import Task
+from rlhf.run import RunFolder
+
+ON_CPU = "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ..."
+
+
+def check_processes(config: TrainerConfig, accelerator: Accelerator) -> None:
+    """The launcher started what accelerate sees, data parallel, and the prompts divide among the processes.
+
+    Raises:
+        InputError: they do not.
+    """
+    started, seen = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
+    if started != seen:
+        raise InputError(
+            f"{started} processes were launched but accelerate found no device for a group of them, so each would "
+            f"train alone: without GPUs, launch with {ON_CPU}"
+        )
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        warnings.warn(
+            "several processes were asked for, but accelerate's plain CPU launcher starts only one without MPI: this "
+            f"run has one process; for more, launch with {ON_CPU}",
+            stacklevel=2,
+        )
+    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU"):
+        raise InputError(
+            f"distributed_type {accelerator.distributed_type.value} shards weights, which this trainer does not do: "
+            "every process holds the whole model; choose multi-GPU or one process in `accelerate config`"
+        )
+    if config.optimization.prompts_per_step % seen:
+        raise InputError(
+            f"prompts_per_step = {config.optimization.prompts_per_step} does not divide among {seen} processes: "
+            f"make it a multiple of {seen}"
+        )
+
+
+def check_rewards(functions: Sequence[RewardFunction], weights: Sequence[float] | None, task: Task) -> None:
+    """Call the reward functions once, on two rows and made-up completions, so that a mistake shows before training.
+
+    Raises:
+        InputError: as `rewards.score`; or there is no row, no reward function.
+    """
+    if not functions:
+        raise InputError("there is no reward function: give at least one, or None for the task's verifier")
+    if not task.train or not task.held_out:
+        raise InputError(
+            f"task {task.name!r} needs rows to train on and held-out rows, got {len(task.train)} and "
+            f"{len(task.held_out)}"
+        )
+    probe = list(task.train[:2])
+    score(functions, probe, ["", "0"][: len(probe)], weights=weights)
+
+
+def check_context(actor: PreTrainedModel, train: PromptSet, held_out: PromptSet, sampling: SamplingConfig) -> None:
+    """The longest prompt and max_new_tokens fit the positions the model knows.
+
+    Raises:
+        InputError: they do not.
+    """
+    longest = max(len(ids) for prompts in (train, held_out) for ids in prompts.token_ids)
+    limit = getattr(actor.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest + sampling.max_new_tokens > limit:
+        raise InputError(
+            f"the longest prompt has {longest} tokens and max_new_tokens is {sampling.max_new_tokens}, together more "
+            f"than the model's {limit} positions: pass --max-new-tokens {max(limit - longest, 1)} or less"
+        )
+
+
+def check_resumable(folder: RunFolder, config: TrainerConfig) -> None:
+    """The run in the folder was started with the same config.
+
+    Raises:
+        InputError: it was not; names every difference.
+    """
+    old, new = folder.config(), config.as_dict()
+    differences = [
+        f"{name} was {old.get(topic, {}).get(name)!r}, is now {value!r}"
+        for topic, fields in new.items()
+        for name, value in fields.items()
+        if old.get(topic, {}).get(name) != value and name != "run_dir"
+    ]
+    if differences:
+        raise InputError(
+            f"--resume continues the run in {folder.path} as it was started, but {'; '.join(differences)}: give the "
+            "same options, or start a new run in another --run-dir"
+        )

@@ -1,0 +1,203 @@
+"""Everything a run can be told, grouped by topic. Each field is documented, each range checked where it is set."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.checks import InputError, check_range
+from rlhf.kl import KLEstimator
+from rlhf.reduce import Reduction
+
+LRSchedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How completions are drawn."""
+
+    max_prompt_tokens: int = 512
+    """Longest prompt accepted, in tokens; a longer one stops the run before it starts."""
+    max_new_tokens: int = 256
+    """Longest completion, in tokens, end-of-sequence token included."""
+    temperature: float = 1.0
+    """Logits are divided by it, when sampling and when training; > 0."""
+    generation_batch_size: int = 256
+    """Sequences generated, or scored without gradient, at once on each process: bounds memory, changes no result."""
+
+    def __post_init__(self) -> None:
+        check_range("max_prompt_tokens", self.max_prompt_tokens, low=1)
+        check_range("max_new_tokens", self.max_new_tokens, low=1)
+        check_range("temperature", self.temperature, low=0, low_open=True)
+        check_range("generation_batch_size", self.generation_batch_size, low=1)
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """What is estimated and what is minimised."""
+
+    advantage: Literal["gae", "group"] = "gae"
+    """gae: from rewards and the critic's values; group: scores normalised among the samples of one prompt."""
+    critic: Literal["separate", "shared", "none"] = "separate"
+    """separate: a trunk of its own, copied from the actor; shared: a value head on the actor's trunk; none: V = 0."""
+    gamma: float = 1.0
+    """Discount per token, 0 to 1."""
+    gae_lambda: float = 0.95
+    """0 (TD) to 1 (Monte Carlo)."""
+    whiten_advantages: bool = True
+    """Shift and scale the step's gae advantages to mean 0 and variance 1 over all of its tokens."""
+    clip_low: float = 0.2
+    """The ratio is clipped below 1 - clip_low; 0 < clip_low < 1."""
+    clip_high: float = 0.2
+    """The ratio is clipped above 1 + clip_high; > 0."""
+    value_clip: float | None = 0.2
+    """Half-width of the interval around the old values, reward units; None does not clip."""
+    value_coef: float = 0.5
+    """Weight of the value loss, 0.5 * squared error; >= 0. (With a critic of its own, only Adam's epsilon sees it.)"""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus, reward units per nat; >= 0."""
+    kl_reward_coef: float = 0.0
+    """Weight of KL to the reference in the reward (k1 per token, no gradient); >= 0."""
+    kl_loss_coef: float = 0.0
+    """Weight of KL to the reference in the loss; >= 0."""
+    kl_estimator: KLEstimator = "k3"
+    """Estimator of the KL in the loss: k2 has the KL's gradient, k3 is GRPO's, k1 has none; see rlhf.kl."""
+    kl_target: float | None = None
+    """Nats per sequence: kl_reward_coef adapts to keep KL there; None keeps the coefficient fixed."""
+    kl_horizon: float = 10_000
+    """Sequences over which the adaptive coefficient reacts; at least those of one step."""
+    reduction: Reduction = "token_mean"
+    """How per-token losses become one number: token_mean, sequence_mean or fixed_length (max_new_tokens)."""
+
+    def __post_init__(self) -> None:
+        for name in ("gamma", "gae_lambda"):
+            check_range(name, getattr(self, name), low=0, high=1)
+        check_range("clip_low", self.clip_low, low=0, high=1, low_open=True, high_open=True)
+        check_range("clip_high", self.clip_high, low=0, low_open=True)
+        if self.value_clip is not None:
+            check_range("value_clip", self.value_clip, low=0, low_open=True)
+        for name in ("value_coef", "entropy_coef", "kl_reward_coef", "kl_loss_coef"):
+            check_range(name, getattr(self, name), low=0, high_open=True)
+        if self.kl_target is not None:
+            check_range("kl_target", self.kl_target, low=0, low_open=True)
+            if self.kl_reward_coef == 0:
+                raise InputError("kl_target adapts kl_reward_coef, which is 0 and would stay so: give it a value > 0")
+        check_range("kl_horizon", self.kl_horizon, low=0, low_open=True)
+        if self.advantage == "group" and self.critic != "none":
+            raise InputError(f"advantage='group' has no use for a critic: set critic='none', got {self.critic!r}")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether KL to the reference enters the reward or the loss."""
+        return self.kl_reward_coef > 0 or self.kl_loss_coef > 0
+
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    """How much data is collected and how it is used."""
+
+    steps: int = 100
+    """Rounds of collecting completions and updating on them."""
+    prompts_per_step: int = 32
+    """Prompts per round, over all processes."""
+    samples_per_prompt: int = 4
+    """Completions of each prompt: the group size."""
+    epochs: int = 2
+    """Passes over each round's completions."""
+    minibatches: int = 2
+    """Optimizer steps per pass."""
+    micro_batch_size: int = 64
+    """Sequences per forward and backward on each process: bounds memory, changes no gradient."""
+    learning_rate: float = 1e-6
+    """Peak learning rate (AdamW)."""
+    critic_learning_rate: float | None = None
+    """The critic's; None: the actor's."""
+    lr_schedule: LRSchedule = "linear"
+    """After the warm-up: constant, or down to 0 linearly or as a cosine."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    adam_beta1: float = 0.9
+    """AdamW's first beta, 0 <= beta < 1."""
+    adam_beta2: float = 0.95
+    """AdamW's second beta, 0 <= beta < 1."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay, >= 0."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm, actor and critic each on its own; > 0."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "samples_per_prompt", "epochs", "minibatches", "micro_batch_size"):
+            check_range(name, getattr(self, name), low=1)
+        check_range("learning_rate", self.learning_rate, low=0, high_open=True)
+        if self.critic_learning_rate is not None:
+            check_range("critic_learning_rate", self.critic_learning_rate, low=0, high_open=True)
+        check_range("warmup_steps", self.warmup_steps, low=0)
+        for name in ("adam_beta1", "adam_beta2"):
+            check_range(name, getattr(self, name), low=0, high=1, high_open=True)
+        check_range("weight_decay", self.weight_decay, low=0)
+        check_range("max_grad_norm", self.max_grad_norm, low=0, low_open=True)
+        if self.sequences_per_step % self.minibatches:
+            raise InputError(
+                f"prompts_per_step * samples_per_prompt = {self.prompts_per_step} * {self.samples_per_prompt} = "
+                f"{self.sequences_per_step} sequences do not divide into minibatches = {self.minibatches} equal parts"
+            )
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def optimizer_steps(self) -> int:
+        return self.steps * self.epochs * self.minibatches
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run goes and what it leaves there."""
+
+    run_dir: Path = Path("runs/run")
+    """Folder for config, metrics.jsonl, samples.jsonl, plots, checkpoints and the final model."""
+    seed: int = 0
+    """Of everything random: weights, data order, completions."""
+    resume: bool = False
+    """Continue the run in run_dir from its last checkpoint, exactly."""
+    eval_every: int = 20
+    """Steps between evaluations on held-out prompts; 0: only before and after training."""
+    eval_prompts: int = 256
+    """Held-out prompts per evaluation, at most as many as there are."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; 0: none."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept, newest first."""
+    samples_per_log: int = 4
+    """Completions written to samples.jsonl each step."""
+    log_with: str | None = None
+    """One of accelerate's trackers (tensorboard, wandb, ...), beside metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        for name in ("seed", "eval_every", "checkpoint_every", "samples_per_log"):
+            check_range(name, getattr(self, name), low=0)
+        check_range("eval_prompts", self.eval_prompts, low=1)
+        check_range("keep_checkpoints", self.keep_checkpoints, low=1)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """A whole run."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        if self.algorithm.advantage == "group" and self.optimization.samples_per_prompt < 2:
+            raise InputError("advantage='group' compares samples of one prompt: samples_per_prompt must be at least 2")
+        if self.algorithm.kl_target is not None:
+            check_range("kl_horizon", self.algorithm.kl_horizon, low=self.optimization.sequences_per_step)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able, for config.json; `resume` is how a run was continued, not what it is, and left out."""
+        config = asdict(self)
+        config["run"]["run_dir"] = str(self.run.run_dir)
+        del config["run"]["resume"]
+        return config

@@ -1,0 +1,162 @@
+"""The roles: actor, critic, reference (reward models are in `rlhf.lm.rewards`), and how they are loaded and saved."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.checks import InputError
+from rlhf.lm.logprobs import position_ids
+
+
+class Critic(nn.Module):
+    """V(s) before each completion token.
+
+    With a trunk of its own it is a transformers token classifier with one label, so that it loads anywhere; without
+    one it is a linear head on the actor's last hidden states.
+    """
+
+    def __init__(self, trunk: PreTrainedModel | None, head: nn.Linear | None) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+
+    @classmethod
+    def separate(cls, actor: PreTrainedModel) -> "Critic":
+        """A copy of the actor's trunk under a head of zeros: V starts at 0."""
+        config = copy.deepcopy(actor.config)
+        config.num_labels = 1
+        config.classifier_dropout = 0.0
+        try:
+            trunk = AutoModelForTokenClassification.from_config(config, dtype=actor.dtype)
+        except ValueError as error:
+            raise InputError(
+                f"transformers has no token classifier for {type(actor).__name__}, so no critic with a trunk of its "
+                "own: use critic='shared', or critic='none' with advantage='group'"
+            ) from error
+        trunk.base_model.load_state_dict(actor.base_model.state_dict())
+        classifier = trunk.score if hasattr(trunk, "score") else trunk.classifier
+        nn.init.zeros_(classifier.weight)
+        if classifier.bias is not None:
+            nn.init.zeros_(classifier.bias)
+        return cls(trunk.eval(), None)
+
+    @classmethod
+    def shared(cls, actor: PreTrainedModel) -> "Critic":
+        """A head of zeros on the actor's own hidden states."""
+        size = actor.config.get_text_config().hidden_size
+        head = nn.Linear(size, 1, dtype=actor.dtype)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        return cls(None, head)
+
+    def forward(
+        self, sequence_ids: Tensor, attention_mask: Tensor, action_mask: Tensor, actor_hidden: Tensor | None
+    ) -> Tensor:
+        """[B, T] values of the states in which the last T tokens were chosen, at least float32; 0 in masked slots."""
+        if self.trunk is None:
+            assert self.head is not None
+            assert actor_hidden is not None
+            values = self.head(actor_hidden).squeeze(-1)
+        else:
+            length = action_mask.shape[-1]
+            values = self.trunk(
+                input_ids=sequence_ids, attention_mask=attention_mask.long(), position_ids=position_ids(attention_mask)
+            ).logits[:, -length - 1 : -1, 0]
+        return torch.where(action_mask, values.to(torch.promote_types(values.dtype, torch.float32)), 0.0)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """A transformers token classifier, or `value_head.safetensors` (weight [1, H], bias [1])."""
+        if self.trunk is not None:
+            self.trunk.save_pretrained(folder)
+        elif self.head is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / "value_head.safetensors")
+
+
+@dataclass
+class Roles:
+    """The models a trainer holds. None: not needed by the algorithm."""
+
+    actor: PreTrainedModel
+    critic: Critic | None
+    reference: PreTrainedModel | None
+
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """Trained parameters: the actor's, then the critic's own. Each is clipped and has a learning rate by itself."""
+        roles: list[nn.Module | None] = [self.actor, self.critic]
+        groups = [[p for p in role.parameters() if p.requires_grad] for role in roles if role is not None]
+        return [group for group in groups if group]
+
+
+def assemble_roles(
+    actor: PreTrainedModel, *, critic: Literal["separate", "shared", "none"], with_reference: bool, device: torch.device
+) -> Roles:
+    """Actor on the device, the critic and the frozen reference made from it.
+
+    All stay in eval mode for good: dropout would make the ratio differ from 1 before the first update.
+    """
+    actor = actor.to(device).eval()  # type: ignore[arg-type]
+    reference = copy.deepcopy(actor).requires_grad_(False) if with_reference else None
+    value_model = None
+    if critic != "none":
+        value_model = (Critic.separate(actor) if critic == "separate" else Critic.shared(actor)).to(device)
+    return Roles(actor, value_model, reference)
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Tokenizer of a hub id or folder, padding on the left.
+
+    Raises:
+        InputError: there is none, or it has no end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"no tokenizer could be loaded from {model!r}: give a folder with tokenizer.json (save_pretrained writes "
+            f"it) or the id of a hub model that has one. ({_first_line(error)})"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {model!r} has no eos_token, so completions would never end: set one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_actor(model: str, *, dtype: torch.dtype | Literal["auto"] = torch.float32) -> PreTrainedModel:
+    """Causal language model of a hub id or folder.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"no causal language model could be loaded from {model!r}: give a folder with config.json and "
+            f"model.safetensors, or a hub id. ({_first_line(error)})"
+        ) from error
+
+
+def end_token_ids(actor: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token that ends a completion: the tokenizer's and those of the model's generation config."""
+    configured = actor.generation_config.eos_token_id if actor.generation_config is not None else None
+    ids = configured if isinstance(configured, list) else [configured]
+    return {int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

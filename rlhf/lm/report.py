@@ -1,0 +1,61 @@
+"""What a run says of itself: metrics of a round, samples, plots."""
+
+from typing import Any
+
+from rlhf.lm.experience import Experience, explained_variance, mean_entropy, sequence_kl
+from rlhf.lm.rollout import Rollout
+from rlhf.masking import masked_sum
+from rlhf.run import Panel, RunFolder, plot_metrics, read_json_lines
+
+LIVE_COLUMNS = ("reward/mean", "accuracy/greedy", "kl/sequence", "entropy", "time/tokens_per_second")
+
+PANELS = (
+    Panel("Held-out accuracy", (("accuracy/greedy", "greedy"), ("accuracy/sampled", "sampled")), (0.0, 1.0)),
+    Panel("Reward per sequence", (("reward/mean", "mean"),)),
+    Panel("KL to the reference (nats per sequence)", (("kl/sequence", "k1"),)),
+    Panel("Entropy (nats per token)", (("entropy", "entropy"),)),
+    Panel("Share of tokens clipped", (("ratio/clip_fraction", "policy"), ("value/clip_fraction", "value"))),
+    Panel("Explained variance of the critic", (("value/explained_variance", "explained variance"),), (-0.2, 1.0)),
+    Panel("Gradient norm before clipping", (("grad_norm/actor", "actor"), ("grad_norm/critic", "critic"))),
+    Panel("Completion length (tokens)", (("completion/length", "mean"),)),
+    Panel("Share of groups without signal", (("groups/without_signal", "all scores equal"),), (0.0, 1.0)),
+)
+
+
+def collection_metrics(rollout: Rollout, experience: Experience) -> dict[str, float]:
+    """Of one round's completions, under the policy that made them."""
+    mask = rollout.sequences.action_mask
+    total = rollout.scores.total
+    metrics = {
+        "reward/mean": float(total.mean()),
+        "reward/std": float(total.std(correction=0)),
+        "completion/length": float(mask.sum(-1).float().mean()),
+        "completion/finished": float(rollout.is_finished.float().mean()),
+        "entropy": mean_entropy(rollout.predictions, mask),
+        "sampler/log_prob_gap": rollout.log_prob_gap,
+    }
+    if len(rollout.scores.components) > 1:
+        metrics |= {f"reward/{name}": float(x.mean()) for name, x in rollout.scores.components.items()}
+    if experience.ref_log_probs is not None:
+        metrics["kl/sequence"] = sequence_kl(rollout.predictions, mask)
+        metrics["reward/shaped"] = float(masked_sum(experience.rewards, mask) / len(mask))
+    if experience.old_values is not None and experience.returns is not None:
+        metrics["value/explained_variance"] = explained_variance(experience.old_values, experience.returns, mask)
+        metrics["value/mean"] = float(masked_sum(experience.old_values, mask) / mask.sum())
+    groups = total.view(int(rollout.group_ids.max()) + 1, -1)
+    if groups.shape[1] > 1:
+        metrics["groups/without_signal"] = float((groups == groups[:, :1]).all(-1).float().mean())
+    return metrics
+
+
+def sample_rows(rollout: Rollout, step: int, count: int) -> list[dict[str, Any]]:
+    """The first completions of the round, spread over its prompts, as lines of samples.jsonl."""
+    stride = max(len(rollout.texts) // count, 1) if count else 1
+    picked = rollout.texts[::stride][:count]
+    return [{"step": step, **row, "completion": completion, "score": score} for row, completion, score in picked]
+
+
+def draw_plots(folder: RunFolder, title: str) -> None:
+    """plots/metrics.png from metrics.jsonl."""
+    rows = read_json_lines(folder.metrics)
+    plot_metrics(rows, folder.plots / "metrics.png", PANELS, title)

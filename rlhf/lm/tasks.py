@@ -1,0 +1,161 @@
+"""Prompts and answers: built-in arithmetic and GSM8K. A task is its rows and the verifier of their answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset, load_dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.checks import InputError
+from rlhf.lm.rewards import RewardFunction, Row, exact_answer, math_answer
+from rlhf.lm.seeding import generator_for
+
+TASKS = ("arithmetic", "gsm8k")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows with a "prompt" (text, ready for the tokenizer) and whatever columns the verifier reads."""
+
+    name: str
+    train: Sequence[Row]
+    held_out: Sequence[Row]
+    verifier: RewardFunction  # 1.0 right, 0.0 wrong: its mean is the accuracy
+
+
+def load_task(name: str, *, data: str | None, tokenizer: PreTrainedTokenizerBase, plain_prompts: bool = False) -> Task:
+    """The task by name.
+
+    Args:
+        name: one of TASKS.
+        data: for gsm8k a folder with train.jsonl and test.jsonl, or a hub id; arithmetic takes none.
+        tokenizer: its chat template renders questions put to a pretrained model.
+        plain_prompts: put the question as plain text instead, for models without a chat template.
+    Raises:
+        InputError: unknown task, missing or unreadable data, a row without a needed column, no chat template.
+    """
+    if name == "arithmetic":
+        if data is not None:
+            raise InputError(f"task 'arithmetic' makes its own problems and takes no data, got {data!r}")
+        return arithmetic()
+    if name == "gsm8k":
+        return gsm8k(data, tokenizer, plain_prompts=plain_prompts)
+    raise InputError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+
+
+def arithmetic(*, digits: int = 3, train: int = 20_000, held_out: int = 512) -> Task:
+    """Addition of two numbers of `digits` digits; the answer is written units first, the way carries travel.
+
+    The problems are the same whatever the run's seed; the held-out ones are never trained on.
+    """
+    count = 9 * 10 ** (digits - 1)
+    pairs = torch.randperm(count * count, generator=generator_for(0, "problems"))[: train + held_out].tolist()
+    lowest = 10 ** (digits - 1)
+    rows = [addition_row(lowest + pair // count, lowest + pair % count) for pair in pairs]
+    return Task("arithmetic", rows[held_out:], rows[:held_out], exact_answer)
+
+
+def addition_row(a: int, b: int) -> Row:
+    """{"prompt": "107+95=", "answer": "202"}: the answer's digits are reversed."""
+    return {"prompt": f"{a}+{b}=", "answer": str(a + b)[::-1]}
+
+
+def gsm8k(data: str | None, tokenizer: PreTrainedTokenizerBase, *, plain_prompts: bool = False) -> Task:
+    """Grade-school word problems (Cobbe et al. 2021, arXiv:2110.14168); answers checked by math-verify."""
+    if data is None:
+        raise InputError("task 'gsm8k' needs --data: a folder with train.jsonl and test.jsonl, or a hub id")
+    if not plain_prompts and tokenizer.chat_template is None:
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, which an instruction-tuned model needs "
+            "for its prompts: use a model that has one, or pass --plain-prompts to ask in plain text"
+        )
+    train, test = _load_splits(data)
+    return Task(
+        "gsm8k",
+        _gsm8k_rows(train, "train", tokenizer, plain_prompts),
+        _gsm8k_rows(test, "test", tokenizer, plain_prompts),
+        math_answer,
+    )
+
+
+def _load_splits(data: str) -> tuple[Dataset, Dataset]:
+    folder = Path(data)
+    looks_local = folder.exists() or data.startswith((".", "/", "~"))
+    files = {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
+    for file in files.values():
+        if looks_local and not Path(file).is_file():
+            raise InputError(
+                f"data file {file} does not exist: --data must be a folder with train.jsonl and test.jsonl"
+            )
+    try:
+        splits = load_dataset("json", data_files=files) if looks_local else load_dataset(data, "main")
+    except Exception as error:  # datasets raises its own, pyarrow's, requests' and builtin errors alike
+        raise InputError(
+            f"the data at {data!r} could not be read ({type(error).__name__}: {str(error).splitlines()[0]}): give a "
+            'folder whose train.jsonl and test.jsonl hold one JSON object {"question": ..., "answer": ...} a line, '
+            "or a hub id"
+        ) from error
+    return splits["train"], splits["test"]
+
+
+def _gsm8k_rows(split: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, plain: bool) -> list[Row]:
+    rows = []
+    for number, row in enumerate(split, start=1):
+        for column in ("question", "answer"):
+            if not isinstance(row.get(column), str):
+                raise InputError(
+                    f"row {number} of {name} has no text in column {column!r}, got {row.get(column)!r}: every "
+                    "row needs 'question' and 'answer'"
+                )
+        if "####" not in row["answer"]:
+            raise InputError(
+                f"row {number} of {name}: 'answer' must end in '#### <number>', got {row['answer'][-40:]!r}"
+            )
+        answer = row["answer"].rsplit("####", 1)[1].strip().replace(",", "")
+        rows.append({"prompt": _rendered(row["question"], tokenizer, plain), "answer": answer})
+    if not rows:
+        raise InputError(f"{name} holds no rows")
+    return rows
+
+
+def _rendered(question: str, tokenizer: PreTrainedTokenizerBase, plain: bool) -> str:
+    if plain:
+        return f"Question: {question}\nAnswer:"
+    instruction = f"{question}\nThink step by step, then give the final answer as \\boxed{{number}}."
+    messages = [{"role": "user", "content": instruction}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def tokenize_prompts(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int
+) -> list[list[int]]:
+    """Token ids of each row's prompt, no special tokens added (the prompt's text already has them).
+
+    Raises:
+        InputError: a prompt is empty or longer than max_prompt_tokens.
+    """
+    token_ids = tokenizer([row["prompt"] for row in rows], add_special_tokens=False)["input_ids"]
+    lengths = [len(ids) for ids in token_ids]
+    if min(lengths) == 0:
+        raise InputError(f"row {lengths.index(0) + 1} has an empty prompt: the model needs a token to start from")
+    too_long = sum(length > max_prompt_tokens for length in lengths)
+    if too_long:
+        longest = max(lengths)
+        raise InputError(
+            f"{too_long} of {len(rows)} prompts are longer than max_prompt_tokens = {max_prompt_tokens}; the longest, "
+            f"row {lengths.index(longest) + 1}, has {longest} tokens: pass --max-prompt-tokens {longest} or remove them"
+        )
+    return token_ids
+
+
+def pad_left(
+    token_ids: Sequence[Sequence[int]], *, width: int, pad_token_id: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """[B, width] int64 ids and [B, width] bool mask, each row's tokens at its right end."""
+    padding = [width - len(ids) for ids in token_ids]
+    ids = [[pad_token_id] * pad + list(row) for pad, row in zip(padding, token_ids, strict=True)]
+    mask = [[False] * pad + [True] * len(row) for pad, row in zip(padding, token_ids, strict=True)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,347 @@
+"""The trainer: collect, update, evaluate, save."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+
+from rlhf.checks import InputError
+from rlhf.kl import adapt_kl_coef_proportionally
+from rlhf.lm.checks import check_context, check_processes, check_resumable, check_rewards
+from rlhf.lm.config import TrainerConfig
+from rlhf.lm.experience import Experience, build_experience, sequence_kl
+from rlhf.lm.generation import Engine, TransformersEngine
+from rlhf.lm.models import assemble_roles, end_token_ids, load_actor
+from rlhf.lm.report import LIVE_COLUMNS, collection_metrics, draw_plots, sample_rows
+from rlhf.lm.rewards import RewardFunction
+from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
+from rlhf.lm.seeding import draw_seeds, generator_for
+from rlhf.lm.tasks import Task, tokenize_prompts
+from rlhf.lm.update import Learner, update
+from rlhf.run import (
+    JsonLines,
+    LiveView,
+    MetricsLog,
+    RunFolder,
+    check_creatable,
+    latest_checkpoint,
+    load_state,
+    read_json_lines,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+    truncate_after,
+)
+
+
+class Trainer:
+    """Trains an actor on a task by PPO or GRPO, as the config says.
+
+    Everything that can be wrong with the arguments is checked here, before a model is built or a file written.
+
+    Args:
+        config: the run.
+        tokenizer: the actor's, padding on the left.
+        task: prompts, held-out prompts and their verifier.
+        make_actor: builds the starting actor; called once all checks have passed, and not at all on resume.
+        reward_functions: what is trained for; the task's verifier if None. A `RewardModel` is one too.
+        reward_weights: one per reward function; all 1 if None.
+        make_engine: actor -> rollout engine; the plain transformers engine if None.
+        accelerator: devices, processes and precision; accelerate's own default if None.
+    Raises:
+        InputError: something given is wrong; says what, what is allowed and what to do.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        make_actor: Callable[[], PreTrainedModel],
+        reward_functions: Sequence[RewardFunction] | None = None,
+        reward_weights: Sequence[float] | None = None,
+        make_engine: Callable[[PreTrainedModel], Engine] | None = None,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        run = config.run
+        if accelerator is None:
+            accelerator = Accelerator(log_with=run.log_with, project_dir=run.run_dir if run.log_with else None)
+        self.config, self.tokenizer, self.accelerator, self.task = config, tokenizer, accelerator, task
+        self.reward_functions = [task.verifier] if reward_functions is None else list(reward_functions)
+        self.reward_weights = reward_weights
+        check_processes(config, accelerator)
+        check_rewards(self.reward_functions, reward_weights, task)
+        self.train_prompts, self.held_out_prompts = (
+            PromptSet(rows, tokenize_prompts(rows, tokenizer, max_prompt_tokens=config.sampling.max_prompt_tokens))
+            for rows in (task.train, task.held_out)
+        )
+        self.folder = self._open_folder()
+        self._build_models(make_actor, make_engine)
+        self.step, self.tokens, self.kl_coef = 0, 0, config.algorithm.kl_reward_coef
+        if run.resume:
+            self._restore()
+
+    # -- set-up -----------------------------------------------------------------------------------------------------
+
+    def _open_folder(self) -> RunFolder:
+        """The run folder: created by the main process, or opened to resume."""
+        path = self.config.run.run_dir
+        if self.config.run.resume:
+            folder = RunFolder.open(path)
+            check_resumable(folder, self.config)
+            return folder
+        check_creatable(path)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            RunFolder.create(path, self.config.as_dict())
+        self.accelerator.wait_for_everyone()
+        return RunFolder.open(path)
+
+    def _build_models(
+        self,
+        make_actor: Callable[[], PreTrainedModel],
+        make_engine: Callable[[PreTrainedModel], Engine] | None,
+    ) -> None:
+        config, accelerator = self.config, self.accelerator
+        initial = self.folder.path / "initial"  # the reference, and where a resumed run starts from
+        if config.run.resume:
+            actor = load_actor(str(initial), dtype="auto")
+        else:
+            actor = make_actor()
+            check_context(actor, self.train_prompts, self.held_out_prompts, config.sampling)
+            if accelerator.is_main_process and config.run.checkpoint_every > 0:
+                self._save_actor(actor, initial)
+        torch.manual_seed(config.run.seed)  # the critic's new layers; the same on every process
+        self.roles = assemble_roles(
+            actor,
+            critic=config.algorithm.critic,
+            with_reference=config.algorithm.needs_reference,
+            device=accelerator.device,
+        )
+        groups = self.roles.parameter_groups()
+        if accelerator.num_processes > 1:
+            broadcast([parameter.data for group in groups for parameter in group])
+        self.learner = self._build_learner(groups)
+        eos_token_ids = end_token_ids(self.roles.actor, self.tokenizer)
+        engine = (
+            make_engine(self.roles.actor)
+            if make_engine is not None
+            else TransformersEngine(
+                self.roles.actor,
+                eos_token_ids=eos_token_ids,
+                pad_token_id=self.tokenizer.pad_token_id,
+                batch_size=config.sampling.generation_batch_size,
+                autocast=accelerator.autocast,
+            )
+        )
+        self.sampler = Sampler(engine, self.tokenizer, config.sampling, accelerator)
+
+    def _build_learner(self, groups: list[list[torch.nn.Parameter]]) -> Learner:
+        optimization = self.config.optimization
+        critic_rate = optimization.critic_learning_rate
+        rates = [optimization.learning_rate, optimization.learning_rate if critic_rate is None else critic_rate]
+        optimizer = torch.optim.AdamW(
+            [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=False)],
+            betas=(optimization.adam_beta1, optimization.adam_beta2),
+            weight_decay=optimization.weight_decay,
+        )
+        scheduler = get_scheduler(
+            optimization.lr_schedule if optimization.lr_schedule != "constant" else "constant_with_warmup",
+            optimizer,
+            num_warmup_steps=optimization.warmup_steps,
+            num_training_steps=optimization.optimizer_steps,
+        )
+        return Learner(self.roles, self.accelerator.prepare_optimizer(optimizer), scheduler)
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, float]:
+        """Run to the end. Returns the held-out accuracies before (`initial/...`) and after (`final/...`)."""
+        config, main = self.config, self.accelerator.is_main_process
+        if config.run.log_with:
+            self.accelerator.init_trackers("rlhf", config=config.as_dict())
+        with (
+            LiveView(
+                str(config.run.run_dir),
+                config.optimization.steps,
+                columns=LIVE_COLUMNS,
+                start_step=self.step,
+                enabled=main,
+            ) as view,
+            MetricsLog(self.folder.metrics, self.accelerator) as metrics_log,
+            JsonLines(self.folder.samples) as samples_log,
+        ):
+            if self.step == 0:
+                metrics_log.write(0, self._evaluate(view))
+            while self.step < config.optimization.steps:
+                metrics, samples = self.train_step()
+                if self._is_due(config.run.eval_every) or self.step == config.optimization.steps:
+                    metrics |= self._evaluate(view)
+                metrics_log.write(self.step, metrics)
+                if main:
+                    for sample in samples:
+                        samples_log.write(sample)
+                view.update(self.step, metrics)
+                if self._is_due(config.run.checkpoint_every):
+                    self.save_checkpoint()
+        return self._finish()
+
+    def train_step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Collect one round and update on it: metrics, and the samples worth keeping."""
+        config, seed, step = self.config, self.config.run.seed, self.step
+        started = time.perf_counter()
+        rollout = collect(
+            self.sampler,
+            self.roles,
+            self.train_prompts,
+            self.reward_functions,
+            step=step,
+            seed=seed,
+            prompts_per_step=config.optimization.prompts_per_step,
+            samples_per_prompt=config.optimization.samples_per_prompt,
+            reward_weights=self.reward_weights,
+        )
+        experience = build_experience(
+            rollout.sequences,
+            rollout.scores.total,
+            rollout.group_ids,
+            rollout.predictions,
+            config.algorithm,
+            kl_reward_coef=self.kl_coef,
+        )
+        metrics = collection_metrics(rollout, experience)
+        metrics |= {"kl/coef": self.kl_coef, "lr": self.learner.scheduler.get_last_lr()[0]}
+        collected = time.perf_counter()
+        metrics |= self._update(experience)
+        ended = time.perf_counter()
+
+        self._adapt_kl_coef(sequence_kl(rollout.predictions, rollout.sequences.action_mask))
+        self.step += 1
+        new_tokens = int(rollout.sequences.action_mask.sum())
+        self.tokens += new_tokens
+        metrics |= {
+            "tokens": self.tokens,
+            "time/collect": collected - started,
+            "time/update": ended - collected,
+            "time/tokens_per_second": new_tokens / (ended - started),
+        }
+        return metrics, sample_rows(rollout, self.step, config.run.samples_per_log)
+
+    def _update(self, experience: Experience) -> dict[str, float]:
+        def order(epoch: int) -> torch.Tensor:
+            generator = generator_for(self.config.run.seed, "minibatches", self.step, epoch)
+            return torch.randperm(len(experience), generator=generator)
+
+        return update(self.learner, experience, self.config, self.accelerator, minibatch_order=order)
+
+    def _adapt_kl_coef(self, observed: float) -> None:
+        algorithm = self.config.algorithm
+        if algorithm.kl_target is not None:
+            self.kl_coef = adapt_kl_coef_proportionally(
+                self.kl_coef,
+                observed,
+                target_kl=algorithm.kl_target,
+                horizon=algorithm.kl_horizon,
+                num_samples=self.config.optimization.sequences_per_step,
+            )
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy on held-out prompts, greedy and sampled at the training temperature (one sample each)."""
+        count = min(self.config.run.eval_prompts, len(self.held_out_prompts))
+        seeds = draw_seeds(count, generator_for(self.config.run.seed, "evaluation"))
+        found = {}
+        for name, chosen in (("greedy", None), ("sampled", seeds)):
+            found[f"accuracy/{name}"] = accuracy(
+                self.sampler, self.held_out_prompts, self.task.verifier, count=count, seeds=chosen
+            )
+        return found
+
+    def _evaluate(self, view: LiveView) -> dict[str, float]:
+        started = time.perf_counter()
+        found = self.evaluate()
+        view.say(
+            f"step {self.step}: held-out accuracy {found['accuracy/greedy']:.1%} greedy, "
+            f"{found['accuracy/sampled']:.1%} sampled"
+        )
+        return found | {"time/evaluate": time.perf_counter() - started}
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> None:
+        """Everything that training needs to go on as if it had never stopped; the reference is in `initial/`."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.folder.checkpoints, self.step, self._state(), keep=self.config.run.keep_checkpoints)
+
+    def _state(self) -> dict[str, Any]:
+        critic, scaler = self.roles.critic, self.accelerator.scaler
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "kl_coef": self.kl_coef,
+            "actor": dict(self.roles.actor.state_dict()),
+            "critic": None if critic is None else dict(critic.state_dict()),
+            "optimizer": self.learner.optimizer.state_dict(),
+            "scheduler": self.learner.scheduler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "rng": rng_state(),
+        }
+
+    def _restore(self) -> None:
+        path = latest_checkpoint(self.folder.checkpoints)
+        if path is None:
+            raise InputError(
+                f"{self.folder.path} has no complete checkpoint to resume from (checkpoint_every = "
+                f"{self.config.run.checkpoint_every}): start again in another --run-dir, or remove this one"
+            )
+        state = load_state(path)
+        self.step, self.tokens, self.kl_coef = state["step"], state["tokens"], state["kl_coef"]
+        self.roles.actor.load_state_dict(state["actor"])
+        if self.roles.critic is not None:
+            self.roles.critic.load_state_dict(state["critic"])
+        self.learner.optimizer.load_state_dict(state["optimizer"])
+        self.learner.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        set_rng_state(state["rng"])
+        if self.accelerator.is_main_process:
+            truncate_after(self.folder.metrics, self.step)
+            truncate_after(self.folder.samples, self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _save_actor(self, actor: PreTrainedModel, path: Path) -> None:
+        actor.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+    def _finish(self) -> dict[str, float]:
+        """Final model and plots; says where everything is."""
+        rows = read_json_lines(self.folder.metrics)
+        evaluations = [row for row in rows if "accuracy/greedy" in row]
+        summary = {
+            f"{moment}/{name}": row[f"accuracy/{name}"]
+            for moment, row in (("initial", evaluations[0]), ("final", evaluations[-1]))
+            for name in ("greedy", "sampled")
+        }
+        if self.accelerator.is_main_process:
+            self._save_actor(self.roles.actor, self.folder.final)
+            if self.roles.critic is not None:
+                self.roles.critic.save_pretrained(self.folder.final / "critic")
+            draw_plots(self.folder, self.task.name)
+            print(
+                f"held-out accuracy, greedy: {summary['initial/greedy']:.1%} -> {summary['final/greedy']:.1%}; "
+                f"sampled: {summary['initial/sampled']:.1%} -> {summary['final/sampled']:.1%}\n"
+                f"model in {self.folder.final}, metrics in {self.folder.metrics}, samples in {self.folder.samples}, "
+                f"plots in {self.folder.plots}"
+            )
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return summary

@@ -1,0 +1,166 @@
+"""One round's update: epochs of minibatches, each one optimizer step, split into micro-batches and over processes.
+
+Every process holds the whole round's Experience. An optimizer step takes a minibatch of it; each process takes every
+n-th sequence; the denominators are counted over the minibatch before the first backward; gradients are summed. So the
+step is the same however many processes and micro-batches share it.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from rlhf import losses
+from rlhf.kl import kl_estimate
+from rlhf.lm.config import AlgorithmConfig, TrainerConfig
+from rlhf.lm.experience import Experience
+from rlhf.lm.logprobs import policy_output
+from rlhf.lm.models import Roles
+from rlhf.masking import masked_sum
+from rlhf.reduce import count, reduce
+
+
+class Learner(NamedTuple):
+    """What an update changes."""
+
+    roles: Roles
+    optimizer: Any  # accelerate's wrapper of AdamW, one parameter group per role
+    scheduler: Any  # of the learning rate, one step per optimizer step
+
+
+def update(
+    learner: Learner,
+    experience: Experience,
+    config: TrainerConfig,
+    accelerator: Accelerator,
+    *,
+    minibatch_order: Callable[[int], Tensor],
+) -> dict[str, float]:
+    """Several epochs over the experience.
+
+    Args:
+        minibatch_order: epoch -> [B] permutation of the sequences, the same on every process.
+    Returns:
+        Metrics, the same on every process.
+    """
+    totals: dict[str, float] = defaultdict(float)
+    optimization = config.optimization
+    for epoch in range(optimization.epochs):
+        order = minibatch_order(epoch).to(experience.advantages.device)
+        for rows in order.chunk(optimization.minibatches):
+            for name, value in optimizer_step(learner, experience, rows, config, accelerator).items():
+                totals[name] += value
+    tokens = totals.pop("tokens")
+    steps = optimization.epochs * optimization.minibatches
+    return {name: value / (tokens if name in PER_TOKEN else steps) for name, value in totals.items()}
+
+
+# Metrics that a step reports as sums over its tokens; the others are per step.
+PER_TOKEN = ("ratio/clip_fraction", "ratio/approx_kl", "value/clip_fraction")
+
+
+def optimizer_step(
+    learner: Learner, experience: Experience, rows: Tensor, config: TrainerConfig, accelerator: Accelerator
+) -> dict[str, float]:
+    """One optimizer step on these rows of the experience, of which this process computes its share."""
+    algorithm = config.algorithm
+    mask = experience.sequences.action_mask[rows]
+    denominator = count(mask, how=algorithm.reduction)
+    sums: dict[str, Tensor] = {}
+    mine = rows[accelerator.process_index :: accelerator.num_processes]
+    for part in mine.split(config.optimization.micro_batch_size) if len(mine) else ():
+        with accelerator.autocast():
+            loss, terms = surrogate_objective(learner.roles, experience[part], config, denominator)
+        accelerator.backward(loss)
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().double()
+    groups = learner.roles.parameter_groups()
+    sum_gradients([p for group in groups for p in group], accelerator)
+    accelerator.unscale_gradients()
+    norms = [nn.utils.clip_grad_norm_(group, config.optimization.max_grad_norm) for group in groups]
+    learner.optimizer.step()
+    learner.scheduler.step()
+    learner.optimizer.zero_grad()
+
+    metrics = _sum_over_processes(sums, _metric_names(algorithm), accelerator)
+    metrics["tokens"] = float(mask.sum())
+    metrics |= {f"grad_norm/{role}": float(norm) for role, norm in zip(("actor", "critic"), norms, strict=False)}
+    return metrics
+
+
+def surrogate_objective(
+    roles: Roles, part: Experience, config: TrainerConfig, denominator: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The scalar to minimise on a micro-batch, and its terms: policy, value, entropy and KL."""
+    algorithm, temperature = config.algorithm, config.sampling.temperature
+    sequences, mask = part.sequences, part.sequences.action_mask
+    args = (sequences.sequence_ids, sequences.attention_mask, mask)
+
+    def reduced(per_token: Tensor) -> Tensor:
+        length = config.sampling.max_new_tokens
+        return reduce(per_token, mask, how=algorithm.reduction, denominator=denominator, length=length)
+
+    shared = roles.critic is not None and roles.critic.trunk is None
+    policy = policy_output(roles.actor, *args, temperature=temperature, with_hidden=shared)
+    surrogate = losses.clipped_surrogate_loss(
+        policy.log_probs,
+        part.old_log_probs,
+        part.advantages,
+        mask,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+    )
+    loss = policy_loss = reduced(surrogate.loss)
+    old_kl = kl_estimate(part.old_log_probs, policy.log_probs, mask, estimator="k3")
+    terms = {
+        "policy/loss": policy_loss,
+        "ratio/clip_fraction": masked_sum(surrogate.is_clipped.float(), mask),
+        "ratio/approx_kl": masked_sum(old_kl, mask),
+    }
+    if algorithm.entropy_coef > 0:
+        loss = loss - algorithm.entropy_coef * reduced(policy.entropy)
+    if algorithm.kl_loss_coef > 0:
+        assert part.ref_log_probs is not None
+        kl = reduced(kl_estimate(policy.log_probs, part.ref_log_probs, mask, estimator=algorithm.kl_estimator))
+        loss = loss + algorithm.kl_loss_coef * kl
+        terms["kl/loss"] = kl
+    if roles.critic is not None:
+        assert part.returns is not None
+        values = roles.critic(*args, policy.hidden)
+        value = losses.value_loss(
+            values, part.returns, mask, old_values=part.old_values, value_clip=algorithm.value_clip
+        )
+        value_loss = reduced(value.loss)
+        loss = loss + algorithm.value_coef * value_loss
+        terms["value/loss"] = value_loss
+        terms["value/clip_fraction"] = masked_sum(value.is_clipped.float(), mask)
+    return loss, terms
+
+
+def sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Sum each gradient over all processes, in one collective; a process without a share contributes zeros."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if accelerator.num_processes == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    summed = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="sum")
+    for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def _metric_names(algorithm: AlgorithmConfig) -> list[str]:
+    names = ["policy/loss", "ratio/clip_fraction", "ratio/approx_kl"]
+    names += ["kl/loss"] if algorithm.kl_loss_coef > 0 else []
+    return names + (["value/loss", "value/clip_fraction"] if algorithm.critic != "none" else [])
+
+
+def _sum_over_processes(sums: dict[str, Tensor], names: list[str], accelerator: Accelerator) -> dict[str, float]:
+    """By name, since a process without a share has no sums."""
+    zero = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    local = torch.stack([sums.get(name, zero) for name in names])
+    return dict(zip(names, accelerator.reduce(local, reduction="sum").tolist(), strict=True))
