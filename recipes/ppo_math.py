@@ -7,7 +7,7 @@ Every option: python recipes/ppo_math.py --help
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -15,33 +15,32 @@ import tyro
 from transformers import PreTrainedModel
 
 from rlhf.lm.config import AlgorithmConfig, OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
-from rlhf.lm.embedded import build_model, build_tokenizer, teach_imperfectly
+from rlhf.lm.embedded import build_taught_model, build_tokenizer
 from rlhf.lm.models import load_actor, load_tokenizer
 from rlhf.lm.tasks import load_task
 from rlhf.lm.trainer import Trainer
-from rlhf.run import LiveView, reporting_errors
+from rlhf.run import reporting_errors
 
-SFT_STEPS = 600
-
-# The embedded default: two layers of width 64, one core, seconds.
+# Without --model: 133 thousand parameters, three-digit addition.
 EMBEDDED = TrainerConfig(
-    sampling=SamplingConfig(max_prompt_tokens=16, max_new_tokens=5),
-    algorithm=AlgorithmConfig(kl_reward_coef=0.01, gae_lambda=0.95),
+    sampling=SamplingConfig(max_prompt_tokens=8, max_new_tokens=5),
+    algorithm=AlgorithmConfig(gae_lambda=0.95, kl_reward_coef=0.01),
     optimization=OptimizationConfig(
         steps=150,
-        prompts_per_step=128,
+        prompts_per_step=256,
         samples_per_prompt=1,
         epochs=2,
         minibatches=2,
-        learning_rate=1e-3,
         micro_batch_size=128,
+        learning_rate=1e-3,
     ),
     run=RunConfig(run_dir=Path("runs/ppo_math"), eval_prompts=512),
 )
-# A pretrained model: cautious steps and long completions.
+
+# With --model: small steps, long completions.
 PRETRAINED = TrainerConfig(
     sampling=SamplingConfig(max_prompt_tokens=512, max_new_tokens=256),
-    algorithm=AlgorithmConfig(kl_reward_coef=0.01, gae_lambda=1.0),
+    algorithm=AlgorithmConfig(gae_lambda=1.0, kl_reward_coef=0.01),
     optimization=OptimizationConfig(
         steps=200,
         prompts_per_step=64,
@@ -59,8 +58,9 @@ PRETRAINED = TrainerConfig(
 
 @dataclass(frozen=True)
 class Args:
-    """PPO on mathematics."""
+    """PPO with an actor, a critic and a reference on mathematics."""
 
+    config: Annotated[TrainerConfig, tyro.conf.OmitArgPrefixes]
     model: str | None = None
     """Folder or hub id of a pretrained model; without it a small one is made and taught on the spot."""
     task: str = "arithmetic"
@@ -68,8 +68,7 @@ class Args:
     data: str | None = None
     """For gsm8k: a folder with train.jsonl and test.jsonl, or a hub id."""
     plain_prompts: bool = False
-    """Ask in plain text, for pretrained models without a chat template."""
-    config: Annotated[TrainerConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=lambda: EMBEDDED)
+    """Ask in plain text: for pretrained models without a chat template."""
 
 
 def main(args: Args) -> None:
@@ -79,23 +78,12 @@ def main(args: Args) -> None:
     def make_actor() -> PreTrainedModel:
         if args.model is not None:
             return load_actor(args.model)
-        seed = args.config.run.seed
-        actor = build_model(seed, tokenizer)
-        with LiveView("supervised", SFT_STEPS, columns=("loss",)) as view:
-            teach_imperfectly(
-                actor,
-                tokenizer,
-                task,
-                seed=seed,
-                steps=SFT_STEPS,
-                on_step=lambda s, loss: view.update(s, {"loss": loss}),
-            )
-        return actor
+        return build_taught_model(args.config.run.seed, tokenizer, task)
 
     Trainer(args.config, tokenizer=tokenizer, task=task, make_actor=make_actor).train()
 
 
 if __name__ == "__main__":
-    pretrained = any(word.split("=")[0] == "--model" for word in sys.argv)
+    has_model = any(word.split("=")[0] == "--model" for word in sys.argv)
     with reporting_errors():
-        main(tyro.cli(Args, default=Args(config=PRETRAINED if pretrained else EMBEDDED)))
+        main(tyro.cli(Args, default=Args(config=PRETRAINED if has_model else EMBEDDED)))

@@ -67,7 +67,7 @@ every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
 gammas = st.sampled_from([0.0, 0.5, 0.97, 1.0])
 
 
-# ---------------------------------------------------------------------------------------------------------- the oracle
+# --------------------------------------------------------------------------------------------------------- the oracle
 @dataclass(frozen=True)
 class Episode:
     """One episode, or the part of one that a row holds: plain numbers, no gaps."""
@@ -136,7 +136,7 @@ def expected(name: str, rollout: Rollout, gamma: float) -> Tensor:
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------- the inputs
+# --------------------------------------------------------------------------------------------------------- the inputs
 NUMBER = st.floats(-4, 4)
 
 
@@ -144,7 +144,9 @@ NUMBER = st.floats(-4, 4)
 def rollouts(draw: st.DrawFn, max_steps: int = 9, gaps: bool = True, ends: bool = True) -> Rollout:
     rows, steps = draw(st.integers(1, 2)), draw(st.integers(1, max_steps))
     flag = st.sampled_from([False, False, True]) if ends else st.just(False)
-    slot = st.tuples(NUMBER, NUMBER, st.sampled_from([True, True, False]) if gaps else st.just(True), flag, flag, NUMBER)
+    slot = st.tuples(
+        NUMBER, NUMBER, st.sampled_from([True, True, False]) if gaps else st.just(True), flag, flag, NUMBER
+    )
     columns = zip(*draw(st.lists(slot, min_size=rows * steps, max_size=rows * steps)), strict=True)
     return Rollout(
         *(torch.tensor(x, dtype=F64 if isinstance(x[0], float) else torch.bool).view(rows, steps) for x in columns)
@@ -164,7 +166,7 @@ def close(actual: Tensor, wanted: Tensor | float, tolerance: float = 1e-11) -> N
                                rtol=tolerance, atol=tolerance)  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------ the definition
+# ----------------------------------------------------------------------------------------------------- the definition
 @every_estimator
 @given(rollouts(), gammas)
 def test_equals_its_definition(name: str, rollout: Rollout, gamma: float) -> None:
@@ -199,7 +201,7 @@ def test_reductions_to_each_other(r: Rollout, gamma: float, lam: float) -> None:
     close(estimate.returns, estimate.advantages + acted_values)
 
 
-# --------------------------------------------------------------------------------------------------------- invariances
+# -------------------------------------------------------------------------------------------------------- invariances
 @every_estimator
 @given(rollouts(), gammas)
 def test_gaps_are_no_steps(name: str, rollout: Rollout, gamma: float) -> None:
@@ -282,9 +284,9 @@ def test_rows_need_no_batch_axis_and_may_have_several() -> None:
         assert torch.equal(estimate(rollout.map(lambda x: x[4]), 0.9), flat[4]), name
 
 
-# -------------------------------------------------------------------------------------------- environments in closed form
+# ---------------------------------------------------------------------------------------- environments in closed form
 def constant_reward(steps: int, gamma: float, reward: float = 2.0) -> tuple[Rollout, float]:
-    """Reward r for ever: V = r / (1 - gamma) in every state, and the critic knows. Seen for some steps, then cut off."""
+    """Reward r for ever: V = r / (1 - gamma) in every state, and the critic knows it. Cut off after some steps."""
     value = reward / (1 - gamma)
     full = torch.full((1, steps), 1.0, dtype=F64)
     last = torch.arange(steps)[None] == steps - 1
@@ -356,7 +358,7 @@ def test_bad_arguments_are_named(call: Callable[[], Any], message: str) -> None:
         call()
 
 
-# ------------------------------------------------------------------------------------------------------- group advantages
+# --------------------------------------------------------------------------------------------------- group advantages
 @st.composite
 def scored_groups(draw: st.DrawFn, scores: st.SearchStrategy[float] = NUMBER) -> tuple[Tensor, Tensor]:
     """Scores [B] and group ids: sizes 1 to 4, any numbering, interleaved."""
@@ -421,7 +423,9 @@ def test_group_numbering_and_order_do_not_matter(case: tuple[Tensor, Tensor], ra
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("divide_by_std", [True, False])
 @pytest.mark.parametrize("score", [0.1, 0.0, -1 / 3, 5000.1, 1e30])
-def test_equal_scores_and_single_members_give_exactly_zero(dtype: torch.dtype, divide_by_std: bool, score: float) -> None:
+def test_equal_scores_and_single_members_give_exactly_zero(
+    dtype: torch.dtype, divide_by_std: bool, score: float
+) -> None:
     for size in [1, 2, 3, 5, 7, 8, 10, 16, 31, 64, 100]:
         ids = torch.arange(4).repeat_interleave(size)
         scores = torch.full((4 * size,), score, dtype=dtype)

@@ -51,7 +51,10 @@ def test_estimates_by_hand() -> None:
     two, four = math.log(2), math.log(4)
     by_hand = {"k1": [two, -four, 0.0], "k2": [two**2 / 2, four**2 / 2, 0.0], "k3": [0.5 - 1 + two, 4 - 1 - four, 0.0]}
     for estimator, expected in by_hand.items():
-        close(kl_estimate(log_probs, ref_log_probs, mask, estimator=estimator), torch.tensor(expected, dtype=torch.float64))
+        close(
+            kl_estimate(log_probs, ref_log_probs, mask, estimator=estimator),
+            torch.tensor(expected, dtype=torch.float64),
+        )
 
 
 @given(logit_lists, logit_lists)
@@ -65,7 +68,10 @@ def test_k1_and_k3_are_unbiased_and_k3_is_never_negative(a: list[float], b: list
 
 
 def test_k2_is_biased_by_the_third_order_only() -> None:
-    logits, direction = torch.tensor([0.3, -0.2, 1.0, 0.0, -1.0]).double(), torch.tensor([1.0, -2.0, 0.5, 0.3, 1.0]).double()
+    logits, direction = (
+        torch.tensor([0.3, -0.2, 1.0, 0.0, -1.0]).double(),
+        torch.tensor([1.0, -2.0, 0.5, 0.3, 1.0]).double(),
+    )
     errors = [
         (enumerated(logits, logits + step * direction, "k2") - kl_of(logits, logits + step * direction)).abs().item()
         for step in (1e-2, 1e-3)
@@ -120,7 +126,7 @@ def test_k3_keeps_its_digits_near_the_reference() -> None:
     torch.testing.assert_close(k3, d.square() / 2 - d**3 / 6, rtol=0, atol=1e-10)
 
 
-# ------------------------------------------------------------------------------------------------------------- exact KL
+# ----------------------------------------------------------------------------------------------------------- exact KL
 @given(st.lists(st.tuples(logit_lists, logit_lists), min_size=1, max_size=3))
 def test_exact_kl_is_that_of_torch_distributions(rows: list[tuple[list[float], list[float]]]) -> None:
     logits, ref_logits = (torch.tensor(x, dtype=torch.float64) for x in zip(*rows, strict=True))
@@ -171,7 +177,7 @@ def test_what_only_the_policy_can_do_is_infinitely_far(log_odds: float) -> None:
         assert kl == torch.inf
 
 
-# ------------------------------------------------------------------------------------------------------------ adaptation
+# --------------------------------------------------------------------------------------------------------- adaptation
 @pytest.mark.parametrize(
     ("observed", "factor"),
     [(6.0, 1.0), (6.6, 1 + 0.1 * 0.25), (5.4, 1 - 0.1 * 0.25), (7.2, 1.05), (60.0, 1.05), (1.0, 0.95), (-3.0, 0.95)],
@@ -201,7 +207,7 @@ def test_doubling_in_closed_form(observed: float, expected: float) -> None:
     assert adapt_kl_coef_by_doubling(0.5, observed, target_kl=0.01) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------- bad arguments
+# ------------------------------------------------------------------------------------------------------ bad arguments
 def proportionally(**changes: float) -> float:
     arguments = {"kl_coef": 0.1, "observed_kl": 1.0, "target_kl": 6.0, "horizon": 100, "num_samples": 10} | changes
     return adapt_kl_coef_proportionally(**arguments)
@@ -222,7 +228,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "logits and mask": (lambda: exact_kl(X, X, M), r"action_mask \[2, 3\]"),
     "logits' mask": (lambda: exact_kl(X, X, M[:, 0].long()), "action_mask must be bool"),
     "logits' type": (lambda: exact_kl(X.long(), X, M[:, 0]), "logits must be floating point"),
-    **{f"proportional, {name} {value}": (lambda name=name, value=value: proportionally(**{name: value}), f"{name} must be")
+    **{f"{name} {value}": (lambda name=name, value=value: proportionally(**{name: value}), f"{name} must be")
        for name, value in [("kl_coef", -1.0), ("observed_kl", math.nan), ("observed_kl", math.inf), ("target_kl", 0.0),
                            ("horizon", 0.0), ("num_samples", 0.0), ("num_samples", 101.0)]},
     **{f"doubling, {name} {value}": (lambda name=name, value=value: doubling(**{name: value}), f"{name} must be")

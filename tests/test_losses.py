@@ -122,7 +122,7 @@ def acted(x: Tensor) -> Tensor:
 def test_garbage_in_masked_slots_changes_nothing(name: str, garbage: float, how: Any, dtype: torch.dtype) -> None:
     """Bit for bit, through loss, reduction and backward into the parameters.
 
-    The garbage is added to what the model computed, so that any gradient but zero at a masked slot flows into the model.
+    The garbage is added to what the model computed, so any gradient but zero at a masked slot flows into the model.
     """
     model, clean = TinyModel(dtype), random_data(dtype=dtype)
     mask = clean["action_mask"]
@@ -203,7 +203,7 @@ def test_losses_are_elementwise(name: str) -> None:
     close(slot, whole[1, 2])
 
 
-# ---------------------------------------------------------------------------------------------------- policy gradients
+# --------------------------------------------------------------------------------------------------- policy gradients
 logit_lists = st.lists(st.floats(-2, 2), min_size=OUTCOMES, max_size=OUTCOMES)
 advantage_lists = st.lists(st.floats(-5, 5), min_size=OUTCOMES, max_size=OUTCOMES)
 
@@ -284,7 +284,7 @@ def test_actor_critic_by_hand() -> None:
     close(values.grad, vector(-2.0, 1.0))
 
 
-# --------------------------------------------------------------------------------------------------- the clipped surrogate
+# ---------------------------------------------------------------------------------------------- the clipped surrogate
 # (advantage, ratio): loss, gradient with respect to log pi, is_clipped; bounds 1 - 0.2 and 1 + 0.5, all exact by hand.
 CLIP_TABLE = {
     "good, below: free to rise": (2.0, 0.5, -1.0, -1.0, False),
@@ -314,7 +314,7 @@ def test_clip_table(advantage: float, ratio: float, loss: float, gradient: float
 
 @given(advantage_lists, logit_lists)
 def test_clipping_is_a_pessimistic_bound(advantages: list[float], log_ratios: list[float]) -> None:
-    """Never a smaller loss than unclipped; wide bounds do not clip; both terms on mirrored advantages exclude another."""
+    """Never a smaller loss than unclipped; wide bounds do not clip; no ratio is clipped for both signs of A."""
     log_probs, a, old = vector(*log_ratios), vector(*advantages), torch.zeros(OUTCOMES, dtype=F64)
     mask = acted(a)
     unclipped = importance_weighted_loss(log_probs, old, a, mask).loss
@@ -351,7 +351,7 @@ def test_an_overflowing_ratio_does_not_poison_a_clipped_action(log_ratio: float,
     torch.testing.assert_close(gradient, torch.tensor([0.0, -1.0]))
 
 
-# --------------------------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------------------------- values
 # V_old = 1, clip 0.5. (value, return): loss, gradient, is_clipped.
 VALUE_TABLE = {
     "inside": (1.25, 0.0, 0.78125, 1.25, False),
@@ -397,7 +397,7 @@ def test_value_inside_the_clip_is_never_reported_clipped(dtype: torch.dtype) -> 
     torch.testing.assert_close(gradient, (values - returns).detach())
 
 
-# --------------------------------------------------------------------------------------------------------------- entropy
+# ------------------------------------------------------------------------------------------------------------ entropy
 @given(st.lists(logit_lists, min_size=1, max_size=3))
 def test_entropy_is_that_of_torch_distributions_and_bounded(rows: list[list[float]]) -> None:
     logits = torch.tensor(rows, dtype=F64)
@@ -431,7 +431,7 @@ def test_entropy_of_what_can_happen(dtype: torch.dtype) -> None:
     assert (torch.autograd.grad(entropy, certain)[0] == 0).all()
 
 
-# ---------------------------------------------------------------------------------------------------------- bad arguments
+# ------------------------------------------------------------------------------------------------------ bad arguments
 X, Y, M = torch.zeros(2, 3), torch.zeros(3, 2), torch.ones(2, 3, dtype=torch.bool)
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "reinforce": (lambda: reinforce_loss(X, Y, M), r"log_probs \[2, 3\], returns \[3, 2\], action_mask \[2, 3\]"),

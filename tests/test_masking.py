@@ -113,8 +113,10 @@ def test_given_statistics_stand_for_the_whole_batch() -> None:
     x = torch.randn(6, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     mask = torch.rand(6, 9, generator=torch.Generator().manual_seed(3)) < 0.6
     mean, var = masked_mean(x, mask), masked_var(x, mask)
-    halves = [masked_whiten(part, part_mask, mean=mean, var=var) for part, part_mask in
-              zip(x.split(3), mask.split(3), strict=True)]
+    halves = [
+        masked_whiten(part, part_mask, mean=mean, var=var)
+        for part, part_mask in zip(x.split(3), mask.split(3), strict=True)
+    ]
     close(torch.cat(halves), masked_whiten(x, mask))
     separately = [masked_whiten(part, part_mask) for part, part_mask in zip(x.split(3), mask.split(3), strict=True)]
     assert not torch.allclose(torch.cat(separately), masked_whiten(x, mask), atol=1e-3)

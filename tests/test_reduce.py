@@ -21,12 +21,10 @@ LENGTH = 10
 
 
 def reduced(per_token: Tensor, mask: Tensor, how: Any, denominator: Tensor | float) -> Tensor:
-    return reduce(
-        per_token, mask, how=how, denominator=denominator, length=LENGTH if how == "fixed_length" else None
-    )
+    return reduce(per_token, mask, how=how, denominator=denominator, length=LENGTH if how == "fixed_length" else None)
 
 
-# ----------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------------------------ by hand
 # Rows of 3, 1 and 0 tokens; masked slots hold numbers that would show.
 PER_TOKEN = torch.tensor([[1.0, 2.0, 99.0, 6.0], [99.0, 5.0, 99.0, 99.0], [99.0, 99.0, 99.0, 99.0]], dtype=F64)
 MASK = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
@@ -109,7 +107,7 @@ def test_long_and_short_sequences_weigh_as_the_names_say() -> None:
     assert shares["fixed_length"] == pytest.approx([0.8 / 2, 0.2 / 2])
 
 
-# ---------------------------------------------------------------------------------------------------- split invariance
+# --------------------------------------------------------------------------------------------------- split invariance
 DATA = random_data(ROWS)
 MODEL = TinyModel()
 partitions = st.lists(st.integers(0, 3), min_size=ROWS, max_size=ROWS)
@@ -165,13 +163,11 @@ def test_splitting_along_time_changes_no_token_weight(how: Any) -> None:
     """A packed row may be cut anywhere for the reductions that weigh tokens; a sequence mean needs whole sequences."""
     per_token, denominator = PER_TOKEN, count(MASK, how=how)
     whole = reduced(per_token, MASK, how, denominator)
-    halves = sum(
-        reduced(x, m, how, denominator) for x, m in zip(per_token.split(2, 1), MASK.split(2, 1), strict=True)
-    )
+    halves = sum(reduced(x, m, how, denominator) for x, m in zip(per_token.split(2, 1), MASK.split(2, 1), strict=True))
     assert torch.allclose(halves, whole) == (how != "sequence_mean")
 
 
-# ------------------------------------------------------------------------------------------------------- bad arguments
+# ------------------------------------------------------------------------------------------------------ bad arguments
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "name": (lambda: reduce(PER_TOKEN, MASK, how="mean", denominator=1), "how must be .*got 'mean'"),
     "count's name": (lambda: count(MASK, how="mean"), "how must be .*got 'mean'"),

@@ -12,7 +12,7 @@ from rlhf.lm.config import SamplingConfig, TrainerConfig
 from rlhf.lm.rewards import RewardFunction, score
 from rlhf.lm.rollout import PromptSet
 from rlhf.lm.tasks import Task
-from rlhf.run import RunFolder
+from rlhf.run import RunFolder, latest_checkpoint
 
 ON_CPU = "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ..."
 
@@ -80,10 +80,10 @@ def check_context(actor: PreTrainedModel, train: PromptSet, held_out: PromptSet,
 
 
 def check_resumable(folder: RunFolder, config: TrainerConfig) -> None:
-    """The run in the folder was started with the same config.
+    """The run in the folder was started with the same config and has a checkpoint.
 
     Raises:
-        InputError: it was not; names every difference.
+        InputError: it was not, naming every difference, or it has none.
     """
     old, new = folder.config(), config.as_dict()
     differences = [
@@ -96,4 +96,9 @@ def check_resumable(folder: RunFolder, config: TrainerConfig) -> None:
         raise InputError(
             f"--resume continues the run in {folder.path} as it was started, but {'; '.join(differences)}: give the "
             "same options, or start a new run in another --run-dir"
+        )
+    if latest_checkpoint(folder.checkpoints) is None:
+        raise InputError(
+            f"{folder.path} has no complete checkpoint to resume from (checkpoint_every = "
+            f"{config.run.checkpoint_every}): start again in another --run-dir, or remove this one"
         )

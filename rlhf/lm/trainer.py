@@ -10,7 +10,6 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from rlhf.checks import InputError
 from rlhf.kl import adapt_kl_coef_proportionally
 from rlhf.lm.checks import check_context, check_processes, check_resumable, check_rewards
 from rlhf.lm.config import TrainerConfig
@@ -298,11 +297,7 @@ class Trainer:
 
     def _restore(self) -> None:
         path = latest_checkpoint(self.folder.checkpoints)
-        if path is None:
-            raise InputError(
-                f"{self.folder.path} has no complete checkpoint to resume from (checkpoint_every = "
-                f"{self.config.run.checkpoint_every}): start again in another --run-dir, or remove this one"
-            )
+        assert path is not None  # check_resumable saw it
         state = load_state(path)
         self.step, self.tokens, self.kl_coef = state["step"], state["tokens"], state["kl_coef"]
         self.roles.actor.load_state_dict(state["actor"])

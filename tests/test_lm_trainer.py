@@ -1,0 +1,236 @@
+"""Whole runs of a few steps: what they leave, that they repeat, and that a killed one goes on as if nothing happened."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, PreTrainedModel
+
+from rlhf.checks import InputError
+from rlhf.lm.config import AlgorithmConfig, OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
+from rlhf.lm.embedded import build_tokenizer
+from rlhf.lm.rewards import exact_answer
+from rlhf.lm.tasks import Task, arithmetic
+from rlhf.lm.trainer import Trainer
+from rlhf.run import read_json_lines, without_timings
+
+STEPS = 6
+
+
+def digits_of(completions: list[str], **_: Any) -> list[float]:
+    """A dense reward, so that a few steps of a random model have something to learn from."""
+    return [min(sum(c.isdigit() for c in text), 3) / 3 for text in completions]
+
+
+def make_config(run_dir: Path, **changes: dict[str, Any]) -> TrainerConfig:
+    config = TrainerConfig(
+        sampling=SamplingConfig(max_prompt_tokens=8, max_new_tokens=5),
+        algorithm=AlgorithmConfig(kl_reward_coef=0.05, kl_target=0.5, kl_horizon=100),
+        optimization=OptimizationConfig(
+            steps=STEPS, prompts_per_step=8, samples_per_prompt=2, micro_batch_size=6, learning_rate=1e-2
+        ),
+        run=RunConfig(run_dir=run_dir, eval_every=3, eval_prompts=8, checkpoint_every=2),
+    )
+    replaced = {topic: dataclasses.replace(getattr(config, topic), **fields) for topic, fields in changes.items()}
+    return dataclasses.replace(config, **replaced)
+
+
+def make_trainer(config: TrainerConfig, **arguments: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "tokenizer": build_tokenizer(),
+        "task": small_task(),
+        "make_actor": lambda: tiny_model(seed=0),
+        "reward_functions": [exact_answer, digits_of],
+    }
+    return Trainer(config, **(defaults | arguments))
+
+
+def small_task() -> Task:
+    return arithmetic(digits=1, train=50, held_out=10)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def files_of(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return without_timings(read_json_lines(run / "metrics.jsonl")), read_json_lines(run / "samples.jsonl")
+
+
+def test_a_run_leaves_everything_a_user_looks_for(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer = make_trainer(make_config(run))
+    summary = trainer.train()
+    metrics = read_json_lines(run / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(STEPS + 1))
+    assert [row["step"] for row in metrics if "accuracy/greedy" in row] == [0, 3, 6]
+    expected = {"reward/mean", "kl/sequence", "kl/coef", "entropy", "ratio/clip_fraction", "value/explained_variance"}
+    assert expected <= metrics[-1].keys()
+    assert summary["final/greedy"] == metrics[-1]["accuracy/greedy"]
+    assert json.loads((run / "config.json").read_text())["optimization"]["steps"] == STEPS
+    assert {"prompt", "answer", "completion", "score", "step"} <= read_json_lines(run / "samples.jsonl")[0].keys()
+    assert list((run / "plots").glob("*.png"))
+
+    reloaded = AutoModelForCausalLM.from_pretrained(run / "final")
+    for name, value in trainer.roles.actor.state_dict().items():
+        assert torch.equal(reloaded.state_dict()[name], value), name
+    assert AutoTokenizer.from_pretrained(run / "final")("1+2=")["input_ids"] == build_tokenizer()("1+2=")["input_ids"]
+    critic = AutoModelForTokenClassification.from_pretrained(run / "final" / "critic")
+    ids = torch.tensor([[5, 3, 6, 4]])
+    assert trainer.roles.critic is not None
+    assert trainer.roles.critic.trunk is not None
+    assert torch.equal(critic(ids).logits, trainer.roles.critic.trunk(ids).logits)
+
+
+@pytest.mark.parametrize("algorithm", [{}, {"critic": "shared"}, {"advantage": "group", "critic": "none"}])
+def test_two_runs_of_one_seed_write_the_same_files(algorithm: dict[str, Any], tmp_path: Path) -> None:
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for run in runs:
+        make_trainer(make_config(run, algorithm=algorithm)).train()
+    assert files_of(runs[0]) == files_of(runs[1])
+    other = tmp_path / "c"
+    make_trainer(make_config(other, algorithm=algorithm, run={"run_dir": other, "seed": 1})).train()
+    assert files_of(other) != files_of(runs[0])
+
+
+def run_and_die(run: str, at_step: str) -> None:
+    """For a child process: a run that kills itself, as hard as can be, in the middle of a step."""
+
+    def deadly(completions: list[str], **columns: Any) -> list[float]:
+        if trainer is not None and trainer.step == int(at_step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return digits_of(completions)
+
+    trainer = None
+    deadly.__name__ = "digits_of"
+    trainer = make_trainer(make_config(Path(run)), reward_functions=[exact_answer, deadly])
+    trainer.train()
+
+
+@pytest.mark.parametrize("at_step", [3, 5])
+def test_a_killed_run_resumes_bit_for_bit(at_step: int, tmp_path: Path) -> None:
+    """Metrics, samples, model, critic and every number of the last checkpoint."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    make_trainer(make_config(whole)).train()
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_lm_trainer as t; "
+        "t.run_and_die(*sys.argv[1:])"
+    )
+    child = subprocess.run([sys.executable, "-c", code, str(killed), str(at_step)], timeout=300, check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert not (killed / "final").exists()
+
+    config = make_config(killed, run={"resume": True})
+    resumed = make_trainer(config, make_actor=lambda: pytest.fail("resume must not build the actor again"))
+    assert resumed.step == at_step // 2 * 2
+    resumed.train()
+    assert files_of(killed) == files_of(whole)
+    for part in ("final/model.safetensors", "final/critic/model.safetensors", "checkpoints/step-000006/tensors.safetensors"):
+        assert (killed / part).read_bytes() == (whole / part).read_bytes(), part
+    last = "checkpoints/step-000006/state.json"
+    assert json.loads((killed / last).read_text()) == json.loads((whole / last).read_text())
+
+
+def test_the_actor_learns_and_the_flipped_sign_unlearns(tmp_path: Path) -> None:
+    """A reward that a random model can raise within seconds: the share of digits in what it writes."""
+
+    def last_reward(sign: float) -> float:
+        config = make_config(
+            tmp_path / str(sign), optimization={"steps": 15, "prompts_per_step": 16}, run={"checkpoint_every": 0}
+        )
+        make_trainer(config, reward_functions=[digits_of], reward_weights=[sign]).train()
+        rows = [row for row in read_json_lines(tmp_path / str(sign) / "metrics.jsonl") if "reward/mean" in row]
+        return abs(sum(row["reward/mean"] for row in rows[-3:]) / 3)
+
+    start = 0.75
+    assert last_reward(1.0) > 0.9 > start > 0.5 > last_reward(-1.0)
+
+
+def test_adaptive_coefficient_follows_the_rule(tmp_path: Path) -> None:
+    make_trainer(make_config(tmp_path / "run")).train()
+    rows = [row for row in read_json_lines(tmp_path / "run" / "metrics.jsonl") if "kl/coef" in row]
+    assert rows[0]["kl/coef"] == 0.05
+    for before, after in zip(rows, rows[1:], strict=False):
+        error = min(max(before["kl/sequence"] / 0.5 - 1, -0.2), 0.2)
+        assert after["kl/coef"] == pytest.approx(before["kl/coef"] * (1 + error * 16 / 100))
+
+
+def test_sampler_and_trainer_agree_on_log_probs(tmp_path: Path) -> None:
+    make_trainer(make_config(tmp_path / "run", sampling={"temperature": 0.7})).train()
+    rows = read_json_lines(tmp_path / "run" / "metrics.jsonl")[1:]
+    assert max(row["sampler/log_prob_gap"] for row in rows) < 1e-4
+
+
+def raises(completions: list[str], **_: Any) -> list[float]:
+    raise KeyError("gold")
+
+
+def nan(completions: list[str], **_: Any) -> list[float]:
+    return [float("nan")] * len(completions)
+
+
+def too_few(completions: list[str], **_: Any) -> list[float]:
+    return [0.0] * (len(completions) - 1)
+
+
+def never_called() -> PreTrainedModel:
+    pytest.fail("an error must come before the model is built")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reward_functions": [raises]}, "reward function 'raises' raised KeyError"),
+        ({"reward_functions": [nan]}, "'nan' returned nan"),
+        ({"reward_functions": [too_few]}, "'too_few' returned 1 scores for 2 completions"),
+        ({"reward_functions": []}, "no reward function"),
+        ({"reward_functions": [exact_answer], "reward_weights": [1.0, 2.0]}, "one weight per reward function"),
+        ({"task": Task("empty", [], [], exact_answer)}, "needs rows"),
+    ],
+)
+def test_bad_arguments_stop_the_run_before_it_starts(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        make_trainer(make_config(tmp_path / "run"), make_actor=never_called, **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_longer_than_the_limit_say_what_to_pass(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", sampling={"max_prompt_tokens": 3})
+    with pytest.raises(InputError, match="--max-prompt-tokens 4"):
+        make_trainer(config, make_actor=never_called)
+
+
+def test_completions_beyond_the_models_positions_say_what_to_pass(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", sampling={"max_new_tokens": 10_000})
+    with pytest.raises(InputError, match="--max-new-tokens"):
+        make_trainer(config)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", optimization={"steps": 1})
+    make_trainer(config).train()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="--resume"):
+        make_trainer(config, make_actor=never_called)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_with_other_options_names_them(tmp_path: Path) -> None:
+    make_trainer(make_config(tmp_path / "run")).train()
+    changed = make_config(tmp_path / "run", run={"resume": True}, algorithm={"gamma": 0.9})
+    with pytest.raises(InputError, match=r"gamma was 1\.0, is now 0\.9"):
+        make_trainer(changed, make_actor=never_called)
+
+
+def test_resuming_what_never_ran_or_has_no_checkpoint_is_an_error(tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", run={"resume": True})
+    with pytest.raises(InputError, match="no run"):
+        make_trainer(config, make_actor=never_called)

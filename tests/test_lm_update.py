@@ -1,0 +1,214 @@
+"""One optimizer step is the same however it is cut: micro-batches, processes, and whatever the padding holds."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import tiny_model
+
+from rlhf.lm.config import AlgorithmConfig, OptimizationConfig, SamplingConfig, TrainerConfig
+from rlhf.lm.experience import Experience, Sequences, build_experience, predict
+from rlhf.lm.models import Roles, assemble_roles
+from rlhf.lm.update import Learner, optimizer_step, surrogate_objective, update
+from rlhf.reduce import count
+
+ALGORITHMS = {
+    "ppo": AlgorithmConfig(kl_reward_coef=0.1, entropy_coef=0.01),
+    "ppo, shared critic, KL loss": AlgorithmConfig(critic="shared", kl_loss_coef=0.1, reduction="sequence_mean"),
+    "grpo": AlgorithmConfig(advantage="group", critic="none", kl_loss_coef=0.1, reduction="sequence_mean"),
+    "dr. grpo": AlgorithmConfig(advantage="group", critic="none", reduction="fixed_length"),
+}
+
+
+def config_for(algorithm: AlgorithmConfig, micro_batch_size: int = 64) -> TrainerConfig:
+    return TrainerConfig(
+        sampling=SamplingConfig(max_new_tokens=6, temperature=0.8),
+        algorithm=algorithm,
+        optimization=OptimizationConfig(
+            prompts_per_step=6,
+            samples_per_prompt=2,
+            minibatches=2,
+            micro_batch_size=micro_batch_size,
+            learning_rate=1e-2,
+        ),
+    )
+
+
+def make_roles(algorithm: AlgorithmConfig) -> Roles:
+    """Float64 roles in which reference and critic differ from the actor and from their starting point."""
+    actor = tiny_model(seed=1, dtype=torch.float64)
+    roles = assemble_roles(
+        actor, critic=algorithm.critic, with_reference=algorithm.needs_reference, device=torch.device("cpu")
+    )
+    generator = torch.Generator().manual_seed(0)
+    for module in (roles.reference, roles.critic):
+        for parameter in module.parameters() if module is not None else ():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return roles
+
+
+def make_sequences() -> Sequences:
+    """12 sequences: prompts of 1 to 4 tokens, completions of 1 to 6."""
+    generator = torch.Generator().manual_seed(3)
+    prompt, completion = 4, 6
+    ids = torch.randint(2, 15, (12, prompt + completion), generator=generator)
+    starts = torch.randint(0, prompt, (12, 1), generator=generator)
+    lengths = torch.randint(1, completion + 1, (12, 1), generator=generator)
+    action_mask = torch.arange(completion) < lengths
+    return Sequences(ids, torch.cat([torch.arange(prompt) >= starts, action_mask], -1), action_mask)
+
+
+def make_experience(roles: Roles, config: TrainerConfig) -> Experience:
+    """Experience of a policy a little different from the actor, so that ratios are not 1 and some are clipped."""
+    sequences = make_sequences()
+    found = predict(roles, sequences, temperature=0.8, batch_size=5, autocast=Accelerator().autocast)
+    generator = torch.Generator().manual_seed(4)
+    noise = 0.2 * torch.randn(found.log_probs.shape, generator=generator, dtype=torch.float64)
+    found = found._replace(log_probs=torch.where(sequences.action_mask, found.log_probs + noise, 0.0))
+    scores = torch.rand(12, generator=generator, dtype=torch.float64)
+    groups = torch.arange(6).repeat_interleave(2)
+    return build_experience(
+        sequences, scores, groups, found, config.algorithm, kl_reward_coef=config.algorithm.kl_reward_coef
+    )
+
+
+def gradients(roles: Roles) -> dict[str, torch.Tensor]:
+    modules = {"actor": roles.actor, "critic": roles.critic}
+    return {
+        f"{role}.{name}": parameter.grad.clone()
+        for role, module in modules.items()
+        if module is not None
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def accumulated(roles: Roles, experience: Experience, config: TrainerConfig, parts: list[torch.Tensor]) -> dict:
+    """Gradient summed over the parts, divided by the whole's denominator."""
+    for group in roles.parameter_groups():
+        for parameter in group:
+            parameter.grad = None
+    denominator = count(experience.sequences.action_mask, how=config.algorithm.reduction)
+    for part in parts:
+        loss, _ = surrogate_objective(roles, experience[part], config, denominator)
+        loss.backward()
+    return gradients(roles)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("sizes", [[1] * 12, [5, 7], [3, 1, 8]])
+def test_any_split_into_micro_batches_gives_the_same_gradient(name: str, sizes: list[int]) -> None:
+    config = config_for(ALGORITHMS[name])
+    roles = make_roles(config.algorithm)
+    experience = make_experience(roles, config)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(5))
+    whole = accumulated(roles, experience, config, [torch.arange(12)])
+    split = accumulated(roles, experience, config, list(order.split(sizes)))
+    assert whole.keys() == split.keys()
+    assert max(g.abs().max() for g in whole.values()) > 1e-3
+    for key, gradient in whole.items():
+        torch.testing.assert_close(split[key], gradient, rtol=0, atol=1e-10, msg=key)
+
+
+def test_clipping_and_a_changed_policy_are_part_of_the_split_test() -> None:
+    config = config_for(ALGORITHMS["ppo"])
+    roles = make_roles(config.algorithm)
+    experience = make_experience(roles, config)
+    _, terms = surrogate_objective(roles, experience, config, torch.tensor(1.0))
+    assert 0 < float(terms["ratio/clip_fraction"]) < int(experience.sequences.action_mask.sum())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_garbage_in_padding_changes_nothing(name: str) -> None:
+    """Token ids of the padding, and NaN in every masked slot of the experience: the same gradient, bit for bit."""
+    config = config_for(ALGORITHMS[name])
+    roles = make_roles(config.algorithm)
+    experience = make_experience(roles, config)
+    mask = experience.sequences.action_mask
+
+    def poisoned(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else torch.where(mask, x, torch.nan)
+
+    sequences = dataclasses.replace(
+        experience.sequences,
+        sequence_ids=torch.where(experience.sequences.attention_mask, experience.sequences.sequence_ids, 7),
+    )
+    other = Experience(
+        sequences,
+        **{
+            field.name: poisoned(getattr(experience, field.name))
+            for field in dataclasses.fields(experience)
+            if field.name != "sequences"
+        },
+    )
+    rows = [torch.arange(12)]
+    clean, dirty = accumulated(roles, experience, config, rows), accumulated(roles, other, config, rows)
+    for key, gradient in clean.items():
+        assert torch.equal(dirty[key], gradient), key
+
+
+def run_update(algorithm: AlgorithmConfig, micro_batch_size: int) -> dict[str, torch.Tensor | float]:
+    """A whole update on the fixed experience: metrics, last gradients and weights after it. Any number of processes."""
+    accelerator = Accelerator()
+    config = config_for(algorithm, micro_batch_size)
+    roles = make_roles(algorithm)
+    experience = make_experience(roles, config)
+    groups = roles.parameter_groups()
+    optimizer = accelerator.prepare_optimizer(torch.optim.SGD([{"params": g} for g in groups], lr=0.1))
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer.optimizer, factor=1.0)
+    learner = Learner(roles, optimizer, scheduler)
+    first = optimizer_step_gradients(learner, experience, config, accelerator)
+    metrics = update(
+        learner,
+        experience,
+        config,
+        accelerator,
+        minibatch_order=lambda epoch: torch.randperm(12, generator=torch.Generator().manual_seed(epoch)),
+    )
+    weights = {f"weight.{i}": p.detach().clone() for i, p in enumerate(p for group in groups for p in group)}
+    return {**first, **metrics, **weights}
+
+
+def optimizer_step_gradients(learner: Learner, experience: Experience, config: TrainerConfig, accelerator: Accelerator):
+    """The summed, clipped gradient of one step on all rows but one (an uneven split), caught before it is zeroed."""
+    caught: dict[str, torch.Tensor] = {}
+    handle = learner.optimizer.optimizer.register_step_pre_hook(
+        lambda *_: caught.update({f"gradient.{k}": g for k, g in gradients(learner.roles).items()})
+    )
+    optimizer_step(learner, experience, torch.arange(11), config, accelerator)
+    handle.remove()
+    return caught
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo"])
+def test_two_processes_update_as_one(name: str, tmp_path: Path) -> None:
+    """Loss, gradient and weights of two processes equal those of one, given the same experience, to 1e-10."""
+    alone = run_update(ALGORITHMS[name], micro_batch_size=5)
+    script = """
+import sys
+import torch
+from accelerate import Accelerator
+sys.path.insert(0, sys.argv[1])
+import test_lm_update as tests
+result = tests.run_update(tests.ALGORITHMS[sys.argv[2]], micro_batch_size=3)
+assert Accelerator().num_processes == 2
+torch.save(result, f"{sys.argv[3]}/{Accelerator().process_index}.pt")
+Accelerator().end_training()
+"""
+    (tmp_path / "script.py").write_text(script)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    arguments = [str(tmp_path / "script.py"), str(Path(__file__).parent), name, str(tmp_path)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, *arguments], check=True, env=environment, timeout=300)
+    for rank in (0, 1):
+        together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert together.keys() == alone.keys()
+        for key, value in alone.items():
+            torch.testing.assert_close(
+                torch.as_tensor(together[key]), torch.as_tensor(value), rtol=0, atol=1e-10, msg=f"{rank} {key}"
+            )

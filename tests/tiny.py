@@ -1,0 +1,96 @@
+"""Tiny random models and hand-padded batches for the tests of rlhf.lm: milliseconds each, nothing downloaded."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no test asks the network
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from rlhf.lm.embedded import build_tokenizer
+from rlhf.lm.experience import Sequences
+
+tokenizer = build_tokenizer()
+
+# Weights so large that predictions are far from uniform and positions, attention and padding all show in them.
+_COMMON: dict[str, Any] = {
+    "vocab_size": len(tokenizer),
+    "pad_token_id": tokenizer.pad_token_id,
+    "eos_token_id": tokenizer.eos_token_id,
+    "bos_token_id": None,
+    "initializer_range": 0.4,
+    "tie_word_embeddings": False,  # tied and random, a model repeats the last token for ever
+}
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+# Rotary positions; the same with biases; learned absolute positions and dropout; a sliding window of 4 tokens.
+_CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, _SIZES),
+    "qwen2": (Qwen2Config, _SIZES),
+    "gpt2": (GPT2Config, {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+    "gemma3": (
+        Gemma3TextConfig,
+        {**_SIZES, "head_dim": 16, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+}
+ARCHITECTURES = list(_CONFIGS)
+
+
+def tiny_config(architecture: str = "llama", **overrides: Any) -> PreTrainedConfig:
+    """Two layers of width 32 over the embedded tokenizer's vocabulary."""
+    cls, sizes = _CONFIGS[architecture]
+    return cls(**{**_COMMON, **sizes, **overrides})
+
+
+def tiny_model(
+    seed: int = 0, dtype: torch.dtype = torch.float32, *, architecture: str = "llama", **overrides: Any
+) -> PreTrainedModel:
+    """A random causal language model in eval mode; `overrides` go to its config."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, **overrides)).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zeros by default, which would hide a bias that is not applied
+            torch.nn.init.normal_(parameter, std=0.4)
+    return model.eval()
+
+
+def encode(texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+
+
+def padded_prompts(texts: Sequence[str], *, pad: int = tokenizer.pad_token_id) -> tuple[Tensor, Tensor]:
+    """[B, P] ids and mask, left-padded."""
+    prompts = encode(texts)
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(p)) + p for p in prompts]
+    mask = [[False] * (width - len(p)) + [True] * len(p) for p in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def sequences_of(prompts: Sequence[str], completions: Sequence[str], *, pad: int = tokenizer.pad_token_id) -> Sequences:
+    """Prompts padded on the left, completions on the right, both with `pad`."""
+    ids, mask = padded_prompts(prompts, pad=pad)
+    answers = encode(completions)
+    width = max(map(len, answers))
+    answer_ids = torch.tensor([a + [pad] * (width - len(a)) for a in answers])
+    action_mask = torch.tensor([[True] * len(a) + [False] * (width - len(a)) for a in answers])
+    return Sequences(torch.cat([ids, answer_ids], -1), torch.cat([mask, action_mask], -1), action_mask)
