@@ -202,7 +202,7 @@ def value_loss(
     if old_values is None:
         raise InputError("value_clip needs old_values: the critic's values before this update")
     old_values = fill_masked(old_values.detach(), action_mask)
-    near = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    near = values.clamp(old_values - value_clip, old_values + value_clip)  # exactly values where nothing is clipped
     clipped = 0.5 * (near - returns).square()
     return ValueTerms(torch.maximum(plain, clipped), clipped > plain)
 

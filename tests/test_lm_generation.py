@@ -97,7 +97,7 @@ def test_a_completion_depends_on_its_prompt_and_seed_alone(architecture: str, dr
     model = tiny_model(architecture=architecture)
     requests = [(prompt, seed) for prompt in PROMPTS for seed in (3, 8)]
     alone = {request: rows_of(complete(model, [request[0]], [request[1]]))[0] for request in requests}
-    assert len({tuple(row) for row in alone.values()}) > len(requests) // 2
+    assert len({tuple(row) for row in alone.values()}) > len(requests) // 3
     assert len({len(row) for row in alone.values()}) > 2
     drops.clear()
     for batch_size, order in [(256, requests), (256, requests[::-1]), (7, requests), (3, requests[::2])]:

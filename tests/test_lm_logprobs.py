@@ -59,7 +59,7 @@ def test_what_stands_in_padding_changes_nothing(architecture: str) -> None:
         assert x[clean.action_mask].ne(0).all()
 
 
-@every_architecture
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])  # gemma3 computes its norms in float32
 def test_gradients_do_not_see_padding(architecture: str) -> None:
     model = tiny_model(architecture=architecture, dtype=torch.float64)
     found = of(model, sequences_of(PROMPTS, COMPLETIONS, pad=11), temperature=0.7)
@@ -86,7 +86,7 @@ def test_probabilities_of_all_tokens_sum_to_one() -> None:
     model, digits = tiny_model(dtype=torch.float64), len(encode(["0"])[0])
     batch = sequences_of(["12+3="] * 15, ["0"] * 15)
     batch.sequence_ids[:, -digits] = torch.arange(15)
-    assert float(of(model, batch, temperature=0.3).log_probs.exp().sum()) == pytest.approx(1, abs=1e-12)
+    assert float(of(model, batch, temperature=0.3).log_probs.detach().exp().sum()) == pytest.approx(1, abs=1e-12)
 
 
 def test_temperature_runs_from_greedy_to_uniform() -> None:

@@ -60,7 +60,7 @@ def test_panels_show_the_finite_values_of_rows_with_a_step(tmp_path: Path, axes:
 
 
 def test_titles_labels_limits_and_legends(tmp_path: Path, axes: list[Axes]) -> None:
-    plot_metrics(ROWS, tmp_path / "a.png", [REWARD, LOSSES], "run a")
+    plot_metrics([*ROWS, {"step": 5, "loss/value": 3.0}], tmp_path / "a.png", [REWARD, LOSSES], "run a")
     reward, losses = axes
     assert reward.get_title(loc="left") == "Reward"
     assert (reward.get_xlabel(), reward.get_ylabel()) == ("step", "mean score")
@@ -69,7 +69,7 @@ def test_titles_labels_limits_and_legends(tmp_path: Path, axes: list[Axes]) -> N
     legend = losses.get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == ["policy", "value"]
-    assert reward.get_xlim() == losses.get_xlim()
+    assert reward.get_xlim() == losses.get_xlim() == (0, 1.02 * 5), "panels can be compared across"
     colours = [line.get_color() for line in losses.lines]
     assert len(set(colours)) == len(colours)
 

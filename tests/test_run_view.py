@@ -1,6 +1,7 @@
 """What reaches the terminal or the log, and how programs end on errors that are the user's to mend."""
 
 import io
+import math
 import sys
 from collections.abc import Callable
 
@@ -52,10 +53,11 @@ def test_a_log_gets_the_first_line_one_per_ten_seconds_and_the_last(
         for step in range(1, 101):
             clock.now += 1
             view.update(step, {"reward": step / 100, "tokens/s": 12345.6, "hidden": 1})
-    lines = capsys.readouterr().out.splitlines()
+        lines = capsys.readouterr().out.splitlines()
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100]
     assert lines[2] == "ppo  21/100  21%  elapsed 0:00:21  left 0:01:19  reward 0.21  tokens/s 12,346"
     assert lines[-1].startswith("ppo  100/100  100%  elapsed 0:01:40  left 0:00:00")
+    assert capsys.readouterr().out == "", "the last step is not printed again at the end"
 
 
 def test_time_left_is_reckoned_from_the_step_resumed_from(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,9 +109,11 @@ def test_a_terminal_gets_bar_metrics_trend_and_messages(clock: Clock, monkeypatc
         for step in range(1, 9):
             clock.now += 60
             view.update(step, {"reward": step, "kl": 0.5})
+        view.update(8, {"kl": math.nan})
         view.say("accuracy [bold]0.5[/]")
     out = terminal.getvalue()
     assert "8/8" in out
+    assert "nan" in out, "a value that is not finite is shown, and left out of the trend"
     assert "elapsed 0:08:00" in out
     assert "▁▂▃▄▅▆▇█" in out
     assert "▁▁▁▁▁▁▁▁" in out
@@ -162,7 +166,7 @@ def raise_it(error: BaseException) -> Callable[[], None]:
 def test_the_users_errors_end_the_program_with_one_line(
     kind: type[InputError], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = "gamma must be in [0, 1], got 2: " + "x" * 200
+    message = "gamma must be in [red], got 2: " + "x" * 200
     with pytest.raises(SystemExit) as caught:
         raise_it(kind(message))()
     assert caught.value.code == 2
@@ -173,8 +177,8 @@ def test_the_line_is_red_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = terminal_stdout(monkeypatch)
     monkeypatch.setattr(sys, "stderr", terminal)
     with pytest.raises(SystemExit):
-        raise_it(InputError("no"))()
-    assert terminal.getvalue() == "\x1b[1;31merror: no\x1b[0m\n"
+        raise_it(InputError("got 2"))()
+    assert terminal.getvalue() == "\x1b[1;31merror: got 2\x1b[0m\n"
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no test asks the network
-os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test asks the network
 
 from collections.abc import Sequence
 from typing import Any
 
+import huggingface_hub.constants
 import torch
 from torch import Tensor
 from transformers import (
@@ -22,6 +22,8 @@ from transformers import (
 
 from rlhf.lm.embedded import build_tokenizer
 from rlhf.lm.experience import Sequences
+
+huggingface_hub.constants.HF_HUB_OFFLINE = True  # in case another test's imports came first
 
 tokenizer = build_tokenizer()
 

@@ -94,7 +94,7 @@ def load_state(folder: Path | str, device: torch.device | str = "cpu") -> Any:
     """
     folder = Path(folder)
     tree = _read_tree(folder / _TREE)
-    tensors = _read_tensors(folder / _TENSORS, device)
+    tensors = {name: tensor.to(device) for name, tensor in _read_tensors(folder / _TENSORS).items()}
     try:
         return _decoded(tree["state"], tensors)
     except (KeyError, TypeError, ValueError) as error:
@@ -165,12 +165,12 @@ def _read_tree(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _read_tensors(path: Path, device: torch.device | str) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: resume from another checkpoint")
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path, device=str(device))
-    except (SafetensorError, OSError, ValueError) as error:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: resume from another checkpoint") from error
+    except SafetensorError as error:
         raise CheckpointError(f"{path} is damaged ({error}): resume from another checkpoint") from error
 
 
