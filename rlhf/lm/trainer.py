@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from rlhf.kl import adapt_kl_coef_proportionally
@@ -116,7 +116,7 @@ class Trainer:
             check_context(actor, self.train_prompts, self.held_out_prompts, config.sampling)
             if accelerator.is_main_process and config.run.checkpoint_every > 0:
                 self._save_actor(actor, initial)
-        torch.manual_seed(config.run.seed)  # the critic's new layers; the same on every process
+        set_seed(config.run.seed)  # for what draws from global generators: new layers, users' reward functions
         self.roles = assemble_roles(
             actor,
             critic=config.algorithm.critic,
