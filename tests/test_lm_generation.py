@@ -3,6 +3,7 @@
 What the engine reports as a token's log-prob must be what the trainer recomputes: a release criterion.
 """
 
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from rlhf.lm.generation import Completions, TransformersEngine
+from rlhf.lm.generation.transformers_engine import _invert
 from rlhf.lm.logprobs import policy_output
 
 PROMPTS = ["1+2=", "12345+678=", "9", "77+8=", "0+0=0+0=0+", "3=", "41+1=", "5+5+5=", "999+1=", "2+"]
@@ -135,6 +137,19 @@ def test_frequencies_are_those_of_the_softmax(temperature: float) -> None:
     )
     cells = int(common.sum())  # degrees of freedom: variance is twice that
     assert abs(chi_square - cells) < 5 * (2 * cells) ** 0.5
+
+    # What a temperature slightly off moves most: the mean log-prob drawn, which is minus the entropy.
+    log_probs = expected.div(count).log()
+    mean = float((expected / count * log_probs).sum())
+    spread = float((expected / count * (log_probs - mean) ** 2).sum()) ** 0.5
+    assert abs(float(found.sampler_log_probs.double().sum(-1).mean()) - mean) < 5 * spread / count**0.5
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.29, 0.31, math.nextafter(1, 0)])
+def test_the_ends_of_the_unit_interval_are_tokens_too(uniform: float) -> None:
+    log_probs = torch.tensor([[-math.inf, math.log(0.3), -math.inf, math.log(0.7), -math.inf]])
+    token = _invert(log_probs, torch.tensor([uniform], dtype=torch.float64))
+    assert token.tolist() == [1 if uniform < 0.3 else 3]
 
 
 def test_an_end_token_ends_the_completion_and_is_part_of_it() -> None:

@@ -275,5 +275,5 @@ def test_hostile_answers_are_wrong_and_cost_nothing(completion: str) -> None:
 
 
 def test_verdicts_are_one_per_completion_in_order() -> None:
-    completions = ["\\boxed{1}", "9**9**9", "\\boxed{3}", "4"]
+    completions = ["\\boxed{1}", "9^{9^{9^9}}", "\\boxed{3}", "4"]
     assert math_answer(["q"] * 4, completions, answer=["1", "2", "3", "5"]) == [1.0, 0.0, 1.0, 0.0]

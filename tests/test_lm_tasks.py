@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import tokenizer
+from tokenizers import processors
 
 from rlhf.checks import InputError
 from rlhf.lm.embedded import build_tokenizer
@@ -124,11 +125,25 @@ def test_gsm8k_through_the_chat_template(tmp_path: Path) -> None:
     assert prompt.count("[user]") == 1
 
 
+def starting(tokenizer: Any) -> Any:
+    """Makes it put "?" before every text unless told to add no special tokens, as Llama's does with its <s>."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="? $A", special_tokens=[("?", tokenizer.unk_token_id)]
+    )
+    return tokenizer
+
+
 def test_a_start_token_that_the_template_writes_is_not_added_again(tmp_path: Path) -> None:
-    chatty = with_template(bos="?")
-    row = gsm8k(folder_with(tmp_path, PROBLEMS), chatty).train[0]
+    chatty = starting(with_template(bos="?"))
+    row = gsm8k(folder_with(tmp_path, [{"question": "1", "answer": "#### 1"}]), chatty).train[0]
     ids = tokenize_prompts([row], chatty, max_prompt_tokens=1000)[0]
-    assert ids == chatty(row["prompt"], add_special_tokens=False)["input_ids"]
+    assert len(ids) == len(row["prompt"]), "one token per character"
+    assert ids[:2] == chatty.convert_tokens_to_ids(["?", "["])
+
+
+def test_a_plain_prompt_gets_the_start_token_the_model_was_trained_with() -> None:
+    plain = starting(build_tokenizer())
+    assert tokenize_prompts([{"prompt": "1+1="}], plain, max_prompt_tokens=9) == [plain("1+1=")["input_ids"]]
 
 
 @pytest.mark.parametrize(

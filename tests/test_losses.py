@@ -222,6 +222,7 @@ def test_at_ratio_one_all_surrogates_have_reinforces_gradient(logits: list[float
         close(torch.autograd.grad(terms.loss.sum(), log_probs)[0], expected)
         close(terms.loss.detach(), -a)
         assert (terms.ratio == 1).all()
+        assert not terms.ratio.requires_grad
         assert not terms.is_clipped.any()
     close(torch.autograd.grad(reinforce_loss(log_probs, a, mask).sum(), log_probs)[0], expected)
 

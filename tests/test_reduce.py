@@ -62,6 +62,18 @@ def test_inverse_to_the_denominator(how: Any, denominator: float, factor: float)
     torch.testing.assert_close(factor * larger, result, rtol=1e-12, atol=0)
 
 
+@every_reduction
+@pytest.mark.parametrize("denominator", [0, 0.2, torch.tensor(0)])
+def test_a_denominator_below_one_counts_as_one(how: Any, denominator: Tensor | float) -> None:
+    torch.testing.assert_close(reduced(PER_TOKEN, MASK, how, denominator), reduced(PER_TOKEN, MASK, how, 1))
+
+
+@pytest.mark.parametrize("length", [1, 2, 1000])
+def test_fixed_length_is_the_one_given_even_where_sequences_are_longer(length: int) -> None:
+    result = fixed_length(PER_TOKEN, MASK, denominator=2, length=length)
+    assert result.item() == pytest.approx(14 / (2 * length), rel=1e-12)
+
+
 def test_token_mean_of_games_needs_no_batch_axis() -> None:
     assert token_mean(torch.tensor([1.0, 3.0]), torch.tensor([True, True]), denominator=2) == 2
 

@@ -468,6 +468,11 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoints(
         found.append(whole(killed))
         # The new one there, and what it pushes out not removed yet, is a set of whole checkpoints as well.
         assert found[-1] in (before, {**before, step: 7}, after), f"killed at moment {moment}"
+        again = shutil.copytree(killed, tmp_path / f"again-{moment}")
+        path = save_checkpoint(again, step, state(9), keep=2)
+        assert whole(again) == {step - 1: step - 1, step: 9}, f"repeated after moment {moment}"
+        assert names(path) == ["state.json", "tensors.safetensors"]
+
         newest = max(found[-1])
         save_checkpoint(killed, 4, state(4), keep=2)
         assert whole(killed) == {newest: found[-1][newest], 4: 4}, f"went on after moment {moment}"

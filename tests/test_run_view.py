@@ -109,7 +109,7 @@ def test_a_terminal_gets_bar_metrics_trend_and_messages(clock: Clock, monkeypatc
         for step in range(1, 9):
             clock.now += 60
             view.update(step, {"reward": step, "kl": 0.5})
-        view.update(8, {"kl": math.nan})
+        view.update(8, {"reward": math.nan})
         view.say("accuracy [bold]0.5[/]")
     out = terminal.getvalue()
     assert "8/8" in out
