@@ -143,10 +143,9 @@ def n_step_returns(
     check_range("n", n, low=1)
     steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
     following = _next_action(action_mask)
-    ended = steps.rewards + gamma * steps.bootstrap
-    returns = steps.rewards + gamma * steps.next_values
+    returns = one_step = steps.rewards + gamma * steps.next_values
     for _ in range(min(n, rewards.shape[-1]) - 1):
-        returns = torch.where(steps.continues, steps.rewards + gamma * _gather_next(returns, following), ended)
+        returns = torch.where(steps.continues, steps.rewards + gamma * _gather_next(returns, following), one_step)
     return fill_masked(returns, action_mask)
 
 
@@ -255,14 +254,16 @@ def group_normalized_advantages(
 
     # In units of the group's own range, from its lowest score: neither a common offset of 5,000 nor differences of
     # 1e-30, whose squares would vanish, cost any digits.
-    has_signal = highest > lowest
-    spread = torch.where(has_signal, highest - lowest, 1.0)
+    spread = highest - lowest
+    has_signal = ~(spread <= 0)  # a NaN among the scores is no lack of signal: it comes through
+    spread = torch.where(has_signal, spread, 1.0)
     above = (scores - lowest) / spread
     centred = above - empty.index_add(0, members, above)[members] / count
-    advantages = centred * spread
     if divide_by_std:
         variance = empty.index_add(0, members, centred.square())[members] / (count - ddof).clamp(min=1)
-        advantages = advantages / (variance.sqrt() * spread + epsilon)
+        advantages = centred / (variance.sqrt() + torch.full_like(spread, epsilon) / spread)
+    else:
+        advantages = centred * spread
     return torch.where(has_signal, advantages, 0.0)
 
 
@@ -285,7 +286,10 @@ def _steps(
         bootstrap_values=bootstrap_values,
     )
     check_float(rewards=rewards, values=values, bootstrap_values=bootstrap_values)
-    check_mask(action_mask=action_mask, terminated=terminated, truncated=truncated)
+    check_mask(action_mask=action_mask)
+    for name, flag in (("terminated", terminated), ("truncated", truncated)):
+        if flag is not None:
+            check_mask(**{name: flag})
     check_time_axis(rewards=rewards)
     check_range("gamma", gamma, low=0, high=1)
     if truncated is not None and bootstrap_values is None:
@@ -308,7 +312,7 @@ def _steps(
 
 def _carry(steps: _Steps, x: Tensor, decay: float) -> Tensor:
     """y_t = x_t + decay * y_{next action}, cut at episode ends; gaps pass y through untouched."""
-    decays = torch.where(steps.action_mask, decay * steps.continues, 1.0).to(x.dtype)
+    decays = torch.where(steps.action_mask, decay * steps.continues.to(x.dtype), 1.0)
     return fill_masked(reverse_linear_scan(fill_masked(x, steps.action_mask), decays), steps.action_mask)
 
 

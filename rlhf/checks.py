@@ -4,6 +4,7 @@ They read shapes and types only, never values on a device, so they cost no synch
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,10 +35,12 @@ def check_float(**tensors: Tensor | None) -> None:
             raise InputError(f"{name} must be floating point, got {x.dtype}; convert it with .float()")
 
 
-def check_mask(**masks: Tensor | None) -> None:
-    """Raise InputError unless all given masks (None is skipped) are boolean."""
+def check_mask(**masks: Tensor) -> None:
+    """Raise InputError unless all masks are boolean tensors."""
     for name, x in masks.items():
-        if x is not None and x.dtype != torch.bool:
+        if not isinstance(x, Tensor):
+            raise InputError(f"{name} must be a bool tensor, got {type(x).__name__}")
+        if x.dtype != torch.bool:
             raise InputError(
                 f"{name} must be bool (True where the policy acted), got {x.dtype}; convert it with .bool()"
             )
@@ -65,3 +68,16 @@ def check_range(
     if not (above and below):
         left, right = "(" if low_open or low == -math.inf else "[", ")" if high_open or high == math.inf else "]"
         raise InputError(f"{name} must be in {left}{low:g}, {high:g}{right}, got {value!r}")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise InputError unless value is one of those allowed."""
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def brief(error: BaseException) -> str:
+    """Type and first line of an error of somebody else's, with its cause's, for a message of ours."""
+    lines = str(error).strip().splitlines()
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if error.__cause__ is None else f"{text}; {brief(error.__cause__)}"

@@ -97,7 +97,8 @@ def importance_weighted_loss(
         InputError: shapes differ or the mask is not bool.
     Source: Degris et al. 2012, arXiv:1205.4839, eq. 5; Schulman et al. 2015, arXiv:1502.05477, eq. 14.
     """
-    ratio, advantages = _ratio_and_advantages(log_probs, behavior_log_probs, advantages, action_mask)
+    log_ratio, advantages = _log_ratio_and_advantages(log_probs, behavior_log_probs, advantages, action_mask)
+    ratio = log_ratio.exp()
     return SurrogateTerms(-ratio * advantages, ratio.detach(), torch.zeros_like(action_mask))
 
 
@@ -126,10 +127,14 @@ def clipped_surrogate_loss(
     """
     check_range("clip_low", clip_low, low=0, high=1, low_open=True, high_open=True)
     check_range("clip_high", clip_high, low=0, low_open=True)
-    ratio, advantages = _ratio_and_advantages(log_probs, old_log_probs, advantages, action_mask)
-    plain = -ratio * advantages
-    clipped = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    return SurrogateTerms(torch.maximum(plain, clipped), ratio.detach(), clipped > plain)
+    log_ratio, advantages = _log_ratio_and_advantages(log_probs, old_log_probs, advantages, action_mask)
+    ratio = log_ratio.detach().exp()
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+    is_clipped = -bounded * advantages > -ratio * advantages
+    # An action that is clipped, or neither good nor bad, has no gradient: its ratio, which may have overflowed, is
+    # kept out of the differentiated exp, since 0 * inf is NaN.
+    free = log_ratio.masked_fill(is_clipped | (advantages == 0), 0.0).exp()
+    return SurrogateTerms(-torch.where(is_clipped, bounded, free) * advantages, ratio, is_clipped)
 
 
 def kl_penalized_surrogate_loss(
@@ -161,9 +166,9 @@ def kl_penalized_surrogate_loss(
     check_range("kl_coef", kl_coef, low=0)
     check_same_shape(log_probs=log_probs, kl=kl)
     check_float(kl=kl)
-    ratio, advantages = _ratio_and_advantages(log_probs, old_log_probs, advantages, action_mask)
+    log_ratio, advantages = _log_ratio_and_advantages(log_probs, old_log_probs, advantages, action_mask)
+    ratio = log_ratio.exp()
     if kl is None:
-        log_ratio = fill_masked(log_probs - old_log_probs.detach(), action_mask)
         kl = torch.expm1(log_ratio) - log_ratio
     loss = -ratio * advantages + kl_coef * fill_masked(kl, action_mask)
     return SurrogateTerms(loss, ratio.detach(), torch.zeros_like(action_mask))
@@ -202,7 +207,9 @@ def value_loss(
     if old_values is None:
         raise InputError("value_clip needs old_values: the critic's values before this update")
     old_values = fill_masked(old_values.detach(), action_mask)
-    near = values.clamp(old_values - value_clip, old_values + value_clip)  # exactly values where nothing is clipped
+    change = values - old_values
+    # Exactly `values` where nothing is clipped: old + (values - old) rounds, and would count as clipped.
+    near = torch.where(change.abs() <= value_clip, values, old_values + change.clamp(-value_clip, value_clip))
     clipped = 0.5 * (near - returns).square()
     return ValueTerms(torch.maximum(plain, clipped), clipped > plain)
 
@@ -223,15 +230,16 @@ def categorical_entropy(logits: Tensor, action_mask: Tensor) -> Tensor:
     check_mask(action_mask=action_mask)
     check_same_shape(logits_without_last_axis=logits[..., 0], action_mask=action_mask)
     log_p = torch.where(action_mask.unsqueeze(-1), logits, 0.0).log_softmax(-1)
-    surprise = torch.where(log_p > -torch.inf, -log_p * log_p.exp(), 0.0)
+    possible = log_p > -torch.inf  # 0 log 0 = 0, in the gradient too
+    surprise = -torch.where(possible, log_p, 0.0) * torch.where(possible, log_p.exp(), 0.0)
     return fill_masked(surprise.sum(-1), action_mask)
 
 
-def _ratio_and_advantages(
+def _log_ratio_and_advantages(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """pi / pi_old with its gradient (1 in masked slots) and the detached advantages (0 in masked slots)."""
+    """log(pi / pi_old) with its gradient and the detached advantages, both 0 in masked slots."""
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, action_mask=action_mask)
     check_float(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
-    ratio = fill_masked(log_probs - old_log_probs.detach(), action_mask).exp()
-    return ratio, fill_masked(advantages.detach(), action_mask)
+    log_ratio = fill_masked(log_probs - old_log_probs.detach(), action_mask)
+    return log_ratio, fill_masked(advantages.detach(), action_mask)

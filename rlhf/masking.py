@@ -17,8 +17,8 @@ def fill_masked(x: Tensor, mask: Tensor, value: float = 0.0) -> Tensor:
     Raises:
         InputError: shapes differ, or the mask is not bool.
     """
-    check_same_shape(x=x, mask=mask)
     check_mask(mask=mask)
+    check_same_shape(x=x, mask=mask)
     return torch.where(mask, x, value)
 
 
@@ -50,7 +50,8 @@ def masked_var(x: Tensor, mask: Tensor, *, ddof: int = 1) -> Tensor:
     check_range("ddof", ddof, low=0)
     x = fill_masked(x, mask)  # first of all: the gradient of NaN squared is NaN, whatever is selected later
     deviation = x - masked_mean(x, mask)
-    return masked_mean(deviation.square(), mask, denominator=mask.sum() - ddof)
+    count = mask.sum()
+    return torch.where(count > ddof, masked_sum(deviation.square(), mask) / (count - ddof).clamp(min=1), 0.0)
 
 
 def masked_whiten(
@@ -81,5 +82,6 @@ def masked_whiten(
     x = fill_masked(x, mask)
     if mean is None or var is None:
         mean, var = masked_mean(x, mask), masked_var(x, mask, ddof=ddof)
-    scaled = (x - mean) * torch.rsqrt(var + epsilon)
+    scale = torch.where(var + epsilon > 0, var + epsilon, 1.0).rsqrt()  # equal numbers are 0 even without epsilon
+    scaled = (x - mean) * scale
     return fill_masked(scaled if shift_mean else scaled + mean, mask)

@@ -9,12 +9,12 @@ a micro-batch and averaged again would weigh tokens by the company they happen t
         reduce(losses[part], action_mask[part], how="token_mean", denominator=denominator).backward()
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from rlhf.checks import InputError, check_mask, check_range
+from rlhf.checks import InputError, check_choice, check_mask, check_range
 from rlhf.masking import masked_mean
 
 Reduction = Literal["token_mean", "sequence_mean", "fixed_length"]
@@ -33,16 +33,16 @@ def reduce(
         return token_mean(per_token, action_mask, denominator=denominator)
     if how == "sequence_mean":
         return sequence_mean(per_token, action_mask, denominator=denominator)
-    if how == "fixed_length":
-        if length is None:
-            raise InputError("how='fixed_length' needs length, the number of tokens every sequence counts as")
-        return fixed_length(per_token, action_mask, denominator=denominator, length=length)
-    raise InputError(f"how must be 'token_mean', 'sequence_mean' or 'fixed_length', got {how!r}")
+    check_choice("how", how, get_args(Reduction))
+    if length is None:
+        raise InputError("how='fixed_length' needs length, the number of tokens every sequence counts as")
+    return fixed_length(per_token, action_mask, denominator=denominator, length=length)
 
 
 def count(action_mask: Tensor, *, how: Reduction) -> Tensor:
     """What this mask adds to the denominator, [] int64: tokens for token_mean, else sequences with any token."""
     check_mask(action_mask=action_mask)
+    check_choice("how", how, get_args(Reduction))
     return action_mask.sum() if how == "token_mean" else action_mask.any(-1).sum()
 
 

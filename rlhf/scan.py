@@ -19,7 +19,7 @@ def reverse_linear_scan(x: Tensor, decay: Tensor) -> Tensor:
 
     Args:
         x: [..., T] float32 or float64, time last.
-        decay: [..., T], one factor per element.
+        decay: [..., T], one factor per element, at most about 1 in size (a block's product must not overflow).
     Returns:
         y: [..., T], x's dtype.
     Raises:
@@ -29,6 +29,7 @@ def reverse_linear_scan(x: Tensor, decay: Tensor) -> Tensor:
     check_same_shape(x=x, decay=decay)
     check_float(x=x, decay=decay)
     check_time_axis(x=x)
+    decay = decay.to(x.dtype)
     steps = x.shape[-1]
     if steps <= BLOCK:
         return _scan_within(x, decay)[0]

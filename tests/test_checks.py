@@ -44,8 +44,10 @@ def test_other_types_are_refused_with_the_way_out(dtype: torch.dtype) -> None:
         check_float(scores=torch.zeros(2, dtype=dtype))
 
 
-def test_masks_are_boolean_or_none() -> None:
-    check_mask(action_mask=torch.ones(2, dtype=torch.bool), terminated=None)
+def test_masks_are_boolean_tensors() -> None:
+    check_mask(action_mask=torch.ones(2, dtype=torch.bool))
+    with pytest.raises(InputError, match="action_mask must be a bool tensor, got NoneType"):
+        check_mask(action_mask=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
