@@ -21,7 +21,7 @@ from rlhf.lm.tasks import load_task
 from rlhf.lm.trainer import Trainer
 from rlhf.run import reporting_errors
 
-# Without --model: 133 thousand parameters, three-digit addition.
+# Without --model: 132 thousand parameters, three-digit addition.
 EMBEDDED = TrainerConfig(
     sampling=SamplingConfig(max_prompt_tokens=8, max_new_tokens=5),
     algorithm=AlgorithmConfig(gae_lambda=0.95, kl_reward_coef=0.01),

@@ -135,9 +135,9 @@ def starting(tokenizer: Any) -> Any:
 
 def test_a_start_token_that_the_template_writes_is_not_added_again(tmp_path: Path) -> None:
     chatty = starting(with_template(bos="?"))
-    row = gsm8k(folder_with(tmp_path, [{"question": "1", "answer": "#### 1"}]), chatty).train[0]
-    ids = tokenize_prompts([row], chatty, max_prompt_tokens=1000)[0]
-    assert len(ids) == len(row["prompt"]), "one token per character"
+    task = gsm8k(folder_with(tmp_path, [{"question": "1", "answer": "#### 1"}]), chatty)
+    ids = tokenize_prompts(task.train, chatty, max_prompt_tokens=1000, add_special_tokens=task.add_special_tokens)[0]
+    assert len(ids) == len(task.train[0]["prompt"]), "one token per character"
     assert ids[:2] == chatty.convert_tokens_to_ids(["?", "["])
 
 
@@ -152,7 +152,7 @@ def test_a_plain_prompt_gets_the_start_token_the_model_was_trained_with() -> Non
         (None, r"train\.jsonl does not exist.*folder with train\.jsonl and test\.jsonl"),
         ('{"question": "a', "could not be read.*one JSON object"),
         (json.dumps(QUESTION) + "\n[1, 2]\n", "could not be read.*one JSON object"),
-        ("", r"train.*(no rows|could not be read)"),
+        ("", r"no rows|could not be read"),
         (b'{"question": "\xff\xfe", "answer": "#### 1"}', "could not be read"),
         ([{"question": "a"}, QUESTION], "row 1 of train has no text in column 'answer'"),
         ([QUESTION, {"answer": "#### 1"}], "row 2 of train has no text in column 'question'"),

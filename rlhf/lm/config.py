@@ -2,12 +2,14 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from rlhf.checks import InputError, check_range
+from rlhf.checks import InputError, check_choice, check_range
 from rlhf.kl import KLEstimator
 from rlhf.reduce import Reduction
 
+Advantage = Literal["gae", "group"]
+CriticKind = Literal["separate", "shared", "none"]
 LRSchedule = Literal["constant", "linear", "cosine"]
 
 
@@ -35,9 +37,9 @@ class SamplingConfig:
 class AlgorithmConfig:
     """What is estimated and what is minimised."""
 
-    advantage: Literal["gae", "group"] = "gae"
+    advantage: Advantage = "gae"
     """gae: from rewards and the critic's values; group: scores normalised among the samples of one prompt."""
-    critic: Literal["separate", "shared", "none"] = "separate"
+    critic: CriticKind = "separate"
     """separate: a trunk of its own, copied from the actor; shared: a value head on the actor's trunk; none: V = 0."""
     gamma: float = 1.0
     """Discount per token, 0 to 1."""
@@ -69,6 +71,10 @@ class AlgorithmConfig:
     """How per-token losses become one number: token_mean, sequence_mean or fixed_length (max_new_tokens)."""
 
     def __post_init__(self) -> None:
+        check_choice("advantage", self.advantage, get_args(Advantage))
+        check_choice("critic", self.critic, get_args(CriticKind))
+        check_choice("kl_estimator", self.kl_estimator, get_args(KLEstimator))
+        check_choice("reduction", self.reduction, get_args(Reduction))
         for name in ("gamma", "gae_lambda"):
             check_range(name, getattr(self, name), low=0, high=1)
         check_range("clip_low", self.clip_low, low=0, high=1, low_open=True, high_open=True)
@@ -130,10 +136,11 @@ class OptimizationConfig:
         check_range("learning_rate", self.learning_rate, low=0, high_open=True)
         if self.critic_learning_rate is not None:
             check_range("critic_learning_rate", self.critic_learning_rate, low=0, high_open=True)
+        check_choice("lr_schedule", self.lr_schedule, get_args(LRSchedule))
         check_range("warmup_steps", self.warmup_steps, low=0)
         for name in ("adam_beta1", "adam_beta2"):
             check_range(name, getattr(self, name), low=0, high=1, high_open=True)
-        check_range("weight_decay", self.weight_decay, low=0)
+        check_range("weight_decay", self.weight_decay, low=0, high_open=True)
         check_range("max_grad_norm", self.max_grad_norm, low=0, low_open=True)
         if self.sequences_per_step % self.minibatches:
             raise InputError(

@@ -1,5 +1,7 @@
 """The model that needs no download: a small Llama and its tokenizer, made in code and taught arithmetic imperfectly."""
 
+from itertools import zip_longest
+
 import torch
 from accelerate import PartialState
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -27,7 +29,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(seed: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Two layers of width 64, 133 thousand parameters, random weights."""
+    """Two layers of width 64, 132 thousand parameters, random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -50,10 +52,10 @@ def build_taught_model(
     tokenizer: PreTrainedTokenizerFast,
     task: Task,
     *,
-    forget_carry: float = 0.65,
-    steps: int = 800,
+    forget_carry: float = 0.6,
+    steps: int = 1000,
     batch_size: int = 128,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 2e-3,
 ) -> LlamaForCausalLM:
     """The small model after supervised fine-tuning on demonstrations by somebody who often forgets to carry.
 
@@ -90,7 +92,7 @@ def sum_forgetting_carries(prompt: str, forgets: list[bool]) -> str:
     """The reversed sum for a prompt "107+95=", where the carry out of digit i is dropped if forgets[i]."""
     a, b = (number[::-1] for number in prompt.rstrip("=").split("+"))
     digits, carry = [], 0
-    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+    for i, (x, y) in enumerate(zip_longest(a, b, fillvalue="0")):
         carry, digit = divmod(int(x) + int(y) + carry, 10)
         digits.append(str(digit))
         carry = 0 if forgets[i] else carry

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -16,7 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.checks import InputError
+from rlhf.checks import InputError, brief
+from rlhf.lm.config import CriticKind
 from rlhf.lm.logprobs import position_ids
 
 
@@ -37,7 +39,6 @@ class Critic(nn.Module):
         """A copy of the actor's trunk under a head of zeros: V starts at 0."""
         config = copy.deepcopy(actor.config)
         config.num_labels = 1
-        config.classifier_dropout = 0.0
         try:
             trunk = AutoModelForTokenClassification.from_config(config, dtype=actor.dtype)
         except ValueError as error:
@@ -100,9 +101,7 @@ class Roles:
         return [group for group in groups if group]
 
 
-def assemble_roles(
-    actor: PreTrainedModel, *, critic: Literal["separate", "shared", "none"], with_reference: bool, device: torch.device
-) -> Roles:
+def assemble_roles(actor: PreTrainedModel, *, critic: CriticKind, with_reference: bool, device: torch.device) -> Roles:
     """Actor on the device, the critic and the frozen reference made from it.
 
     All stay in eval mode for good: dropout would make the ratio differ from 1 before the first update.
@@ -126,7 +125,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"no tokenizer could be loaded from {model!r}: give a folder with tokenizer.json (save_pretrained writes "
-            f"it) or the id of a hub model that has one. ({_first_line(error)})"
+            f"it) or the id of a hub model that has one. ({brief(error)})"
         ) from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {model!r} has no eos_token, so completions would never end: set one")
@@ -144,10 +143,10 @@ def load_actor(model: str, *, dtype: torch.dtype | Literal["auto"] = torch.float
     """
     try:
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"no causal language model could be loaded from {model!r}: give a folder with config.json and "
-            f"model.safetensors, or a hub id. ({_first_line(error)})"
+            f"model.safetensors, or a hub id. ({brief(error)})"
         ) from error
 
 
@@ -156,7 +155,3 @@ def end_token_ids(actor: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     configured = actor.generation_config.eos_token_id if actor.generation_config is not None else None
     ids = configured if isinstance(configured, list) else [configured]
     return {int(i) for i in [*ids, tokenizer.eos_token_id] if i is not None}
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -1,15 +1,15 @@
 """Reward functions, verifiers and reward models: completions to one score per sequence."""
 
-import math
 import re
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.checks import InputError
+from rlhf.checks import InputError, brief, check_range
 
 # (prompts, completions, **columns) -> one score per completion. Prompts and completions are plain text; every other
 # column of the task's rows comes as a keyword, one value per completion.
@@ -45,7 +45,13 @@ def score(
     weights = [1.0] * len(functions) if weights is None else weights
     if len(weights) != len(functions):
         raise InputError(f"there must be one weight per reward function, got {len(weights)} for {len(functions)}")
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    for weight in weights:
+        check_range("every reward weight", weight, low_open=True, high_open=True)
+    names = rows[0].keys()
+    for row in rows:
+        if row.keys() != names:
+            raise InputError(f"all rows must have the same columns, got {sorted(names)} and {sorted(row)}")
+    columns = {key: [row[key] for row in rows] for key in names if key != "prompt"}
     prompts = [row["prompt"] for row in rows]
     components: dict[str, Tensor] = {}
     total = torch.zeros(len(rows))
@@ -70,22 +76,32 @@ def _called(
         return function(prompts=prompts, completions=list(completions), **columns)
     except Exception as error:
         raise InputError(
-            f"reward function {name!r} raised {type(error).__name__}: {error}. It is called as {name}(prompts=[...], "
+            f"reward function {name!r} raised {brief(error)}. It is called as {name}(prompts=[...], "
             f"completions=[...], {', '.join(f'{key}=[...]' for key in columns)}) and returns one number per completion"
         ) from error
 
 
 def _checked(name: str, returned: Any, completions: Sequence[str]) -> Tensor:
-    values = returned.tolist() if isinstance(returned, Tensor) else list(returned)
+    values = returned.tolist() if isinstance(returned, Tensor) else returned
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise InputError(
+            f"reward function {name!r} returned {str(returned)[:80]}: it must return a list of numbers, one for each "
+            "completion"
+        )
     if len(values) != len(completions):
         raise InputError(f"reward function {name!r} returned {len(values)} scores for {len(completions)} completions")
     for value, completion in zip(values, completions, strict=True):
-        if isinstance(value, str) or value is None or not math.isfinite(value):
+        if not _is_score(value):
             raise InputError(
                 f"reward function {name!r} returned {value!r} for the completion {completion[:80]!r}: every score must "
                 "be a finite number; return 0.0 for what cannot be judged"
             )
-    return torch.tensor(values, dtype=torch.float32)
+    return torch.tensor([float(value) for value in values])
+
+
+def _is_score(value: Any) -> bool:
+    is_number = isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex())
+    return is_number and abs(float(value)) <= torch.finfo(torch.float32).max
 
 
 class RewardModel:
@@ -103,6 +119,7 @@ class RewardModel:
         if model.config.num_labels != 1:
             raise InputError(f"a reward model has num_labels=1, got {model.config.num_labels}")
         self.model = model.eval()
+        self.model.config.pad_token_id = tokenizer.pad_token_id  # where the classifier looks for a text's last token
         self.tokenizer = tokenizer
         self.batch_size = batch_size
 
@@ -111,7 +128,9 @@ class RewardModel:
         texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         scores: list[float] = []
         for start in range(0, len(texts), self.batch_size):
-            batch = self.tokenizer(texts[start : start + self.batch_size], padding=True, return_tensors="pt")
+            part = texts[start : start + self.batch_size]
+            # Padded on the right, tokens keep their positions: a score must not depend on the texts beside it.
+            batch = self.tokenizer(part, padding=True, padding_side="right", return_tensors="pt")
             batch = {key: batch[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
             scores += self.model(**batch).logits[:, 0].float().tolist()
         return scores
@@ -122,18 +141,23 @@ def exact_answer(prompts: list[str], completions: list[str], answer: list[str], 
     return [float(completion.strip() == right) for completion, right in zip(completions, answer, strict=True)]
 
 
-# Parsing is a computer algebra system's work: towers of exponents and endless digits are refused before it begins.
+# Parsing is a computer algebra system's work. What would keep it busy is refused before it begins: long numbers,
+# factorials, exponents of more than two digits or that are no plain number or letter.
 _LONGEST_ANSWER = 400  # characters, counted from the end, where the final answer stands
-_DANGEROUS = re.compile(r"\^\s*\{?\s*\(?\d{4,}|\^[^+\-*/=\s]*\^|\d{40,}|!")
+_DANGEROUS = re.compile(r"\d{40,}|\d\s*!|\*\*|\^(?!\s*(\{\s*)?-?(\d{1,2}|[a-zA-Z])(?![\w^.]))|\)\s*\^\s*\{?\s*\d\d")
+_SECONDS = 1  # for parsing and for comparing, each
 
 
 def math_answer(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """1.0 where math-verify finds the completion's final answer equal to `answer`, else 0.0. Main thread only."""
-    from math_verify import parse, verify  # loads sympy: a second that only runs on mathematics should pay
+    """1.0 where math-verify finds the completion's final answer equal to `answer`, else 0.0.
+
+    Main thread only: the time limit is a signal's.
+    """
+    from math_verify import parse, verify  # loads sympy: only a run on mathematics should pay that second
 
     scores = []
     for completion, right in zip(completions, answer, strict=True):
         tail = completion[-_LONGEST_ANSWER:]
-        parsed = [] if _DANGEROUS.search(tail) else parse(tail)
-        scores.append(float(bool(parsed) and verify(parse(right), parsed)))
+        parsed = [] if _DANGEROUS.search(tail) else parse(tail, parsing_timeout=_SECONDS)
+        scores.append(float(bool(parsed) and verify(parse(right), parsed, timeout_seconds=_SECONDS)))
     return scores

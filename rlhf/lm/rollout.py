@@ -15,7 +15,7 @@ from rlhf.lm.generation import Engine
 from rlhf.lm.models import Roles
 from rlhf.lm.rewards import RewardFunction, Row, Scores, score
 from rlhf.lm.seeding import draw_seeds, generator_for
-from rlhf.lm.tasks import pad_left
+from rlhf.lm.tasks import Task, pad_left, tokenize_prompts
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,18 @@ class PromptSet:
 
     rows: Sequence[Row]
     token_ids: Sequence[list[int]]
+
+    @classmethod
+    def of(
+        cls, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, task: Task, *, max_prompt_tokens: int
+    ) -> "PromptSet":
+        """The task's rows, tokenized; see `tokenize_prompts`."""
+        return cls(
+            rows,
+            tokenize_prompts(
+                rows, tokenizer, max_prompt_tokens=max_prompt_tokens, add_special_tokens=task.add_special_tokens
+            ),
+        )
 
     def __len__(self) -> int:
         return len(self.rows)

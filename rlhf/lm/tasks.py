@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.checks import InputError
+from rlhf.checks import InputError, brief, check_range
 from rlhf.lm.rewards import RewardFunction, Row, exact_answer, math_answer
 from rlhf.lm.seeding import generator_for
 
@@ -24,6 +24,7 @@ class Task:
     train: Sequence[Row]
     held_out: Sequence[Row]
     verifier: RewardFunction  # 1.0 right, 0.0 wrong: its mean is the accuracy
+    add_special_tokens: bool = True  # False where the prompt's text holds them already, as a chat template's does
 
 
 def load_task(name: str, *, data: str | None, tokenizer: PreTrainedTokenizerBase, plain_prompts: bool = False) -> Task:
@@ -50,8 +51,17 @@ def arithmetic(*, digits: int = 3, train: int = 20_000, held_out: int = 512) -> 
     """Addition of two numbers of `digits` digits; the answer is written units first, the way carries travel.
 
     The problems are the same whatever the run's seed; the held-out ones are never trained on.
+
+    Raises:
+        InputError: there are not as many problems.
     """
+    check_range("digits", digits, low=1)
     count = 9 * 10 ** (digits - 1)
+    if train + held_out > count * count:
+        raise InputError(
+            f"there are {count * count} additions of {digits}-digit numbers, fewer than train + held_out = {train} + "
+            f"{held_out}: ask for fewer, or for more digits"
+        )
     pairs = torch.randperm(count * count, generator=generator_for(0, "problems"))[: train + held_out].tolist()
     lowest = 10 ** (digits - 1)
     rows = [addition_row(lowest + pair // count, lowest + pair % count) for pair in pairs]
@@ -59,7 +69,7 @@ def arithmetic(*, digits: int = 3, train: int = 20_000, held_out: int = 512) -> 
 
 
 def addition_row(a: int, b: int) -> Row:
-    """{"prompt": "107+95=", "answer": "202"}: the answer's digits are reversed."""
+    """{"prompt": "107+195=", "answer": "203"} for 302: the answer's digits are reversed."""
     return {"prompt": f"{a}+{b}=", "answer": str(a + b)[::-1]}
 
 
@@ -78,10 +88,11 @@ def gsm8k(data: str | None, tokenizer: PreTrainedTokenizerBase, *, plain_prompts
         _gsm8k_rows(train, "train", tokenizer, plain_prompts),
         _gsm8k_rows(test, "test", tokenizer, plain_prompts),
         math_answer,
+        add_special_tokens=plain_prompts,
     )
 
 
-def _load_splits(data: str) -> tuple[Dataset, Dataset]:
+def _load_splits(data: str) -> tuple[list[Row], list[Row]]:
     folder = Path(data)
     looks_local = folder.exists() or data.startswith((".", "/", "~"))
     files = {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl")}
@@ -92,16 +103,15 @@ def _load_splits(data: str) -> tuple[Dataset, Dataset]:
             )
     try:
         splits = load_dataset("json", data_files=files) if looks_local else load_dataset(data, "main")
-    except Exception as error:  # datasets raises its own, pyarrow's, requests' and builtin errors alike
+        return list(splits["train"]), list(splits["test"])
+    except Exception as error:  # datasets raises its own, pyarrow's, the network's and builtin errors alike
         raise InputError(
-            f"the data at {data!r} could not be read ({type(error).__name__}: {str(error).splitlines()[0]}): give a "
-            'folder whose train.jsonl and test.jsonl hold one JSON object {"question": ..., "answer": ...} a line, '
-            "or a hub id"
+            f"the data at {data!r} could not be read ({brief(error)}): give a folder whose train.jsonl and test.jsonl "
+            'hold one JSON object {"question": ..., "answer": ...} a line, or a hub id'
         ) from error
-    return splits["train"], splits["test"]
 
 
-def _gsm8k_rows(split: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, plain: bool) -> list[Row]:
+def _gsm8k_rows(split: list[Row], name: str, tokenizer: PreTrainedTokenizerBase, plain: bool) -> list[Row]:
     rows = []
     for number, row in enumerate(split, start=1):
         for column in ("question", "answer"):
@@ -110,11 +120,11 @@ def _gsm8k_rows(split: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, p
                     f"row {number} of {name} has no text in column {column!r}, got {row.get(column)!r}: every "
                     "row needs 'question' and 'answer'"
                 )
-        if "####" not in row["answer"]:
+        answer = row["answer"].rpartition("####")[2].strip().replace(",", "")
+        if "####" not in row["answer"] or not answer:
             raise InputError(
                 f"row {number} of {name}: 'answer' must end in '#### <number>', got {row['answer'][-40:]!r}"
             )
-        answer = row["answer"].rsplit("####", 1)[1].strip().replace(",", "")
         rows.append({"prompt": _rendered(row["question"], tokenizer, plain), "answer": answer})
     if not rows:
         raise InputError(f"{name} holds no rows")
@@ -130,14 +140,14 @@ def _rendered(question: str, tokenizer: PreTrainedTokenizerBase, plain: bool) ->
 
 
 def tokenize_prompts(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int, add_special_tokens: bool = True
 ) -> list[list[int]]:
-    """Token ids of each row's prompt, no special tokens added (the prompt's text already has them).
+    """Token ids of each row's prompt.
 
     Raises:
         InputError: a prompt is empty or longer than max_prompt_tokens.
     """
-    token_ids = tokenizer([row["prompt"] for row in rows], add_special_tokens=False)["input_ids"]
+    token_ids = tokenizer([row["prompt"] for row in rows], add_special_tokens=add_special_tokens)["input_ids"]
     lengths = [len(ids) for ids in token_ids]
     if min(lengths) == 0:
         raise InputError(f"row {lengths.index(0) + 1} has an empty prompt: the model needs a token to start from")

@@ -20,7 +20,7 @@ from rlhf.lm.report import LIVE_COLUMNS, collection_metrics, draw_plots, sample_
 from rlhf.lm.rewards import RewardFunction
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
 from rlhf.lm.seeding import draw_seeds, generator_for
-from rlhf.lm.tasks import Task, tokenize_prompts
+from rlhf.lm.tasks import Task
 from rlhf.lm.update import Learner, update
 from rlhf.run import (
     JsonLines,
@@ -77,7 +77,7 @@ class Trainer:
         check_processes(config, accelerator)
         check_rewards(self.reward_functions, reward_weights, task)
         self.train_prompts, self.held_out_prompts = (
-            PromptSet(rows, tokenize_prompts(rows, tokenizer, max_prompt_tokens=config.sampling.max_prompt_tokens))
+            PromptSet.of(rows, tokenizer, task, max_prompt_tokens=config.sampling.max_prompt_tokens)
             for rows in (task.train, task.held_out)
         )
         self.folder = self._open_folder()

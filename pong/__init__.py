@@ -1,0 +1,1 @@
+"""Atari Pong on the same core. Not built yet."""
