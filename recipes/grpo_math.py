@@ -26,7 +26,7 @@ EMBEDDED = TrainerConfig(
     sampling=SamplingConfig(max_prompt_tokens=8, max_new_tokens=5),
     algorithm=AlgorithmConfig(advantage="group", critic="none", kl_loss_coef=0.01),
     optimization=OptimizationConfig(
-        steps=150,
+        steps=300,
         prompts_per_step=32,
         samples_per_prompt=8,
         epochs=2,

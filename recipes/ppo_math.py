@@ -26,7 +26,7 @@ EMBEDDED = TrainerConfig(
     sampling=SamplingConfig(max_prompt_tokens=8, max_new_tokens=5),
     algorithm=AlgorithmConfig(gae_lambda=0.95, kl_reward_coef=0.01),
     optimization=OptimizationConfig(
-        steps=150,
+        steps=200,
         prompts_per_step=256,
         samples_per_prompt=1,
         epochs=2,
