@@ -5,7 +5,7 @@ from itertools import zip_longest
 import torch
 from accelerate import PartialState
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlhf.lm.experience import Sequences
 from rlhf.lm.rewards import Row
@@ -28,7 +28,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(seed: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(seed: int, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     """Two layers of width 64, 132 thousand parameters, random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -49,7 +49,7 @@ def build_model(seed: int, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausal
 
 def build_taught_model(
     seed: int,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     task: Task,
     *,
     forget_carry: float = 0.6,
@@ -99,7 +99,7 @@ def sum_forgetting_carries(prompt: str, forgets: list[bool]) -> str:
     return "".join(digits) + ("1" if carry else "")
 
 
-def encode_demonstrations(rows: list[Row], tokenizer: PreTrainedTokenizerFast) -> Sequences:
+def encode_demonstrations(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> Sequences:
     """Prompt, answer and end-of-sequence token; the answer's tokens and the end are the ones to learn."""
     prompts = tokenizer([row["prompt"] for row in rows], add_special_tokens=False)["input_ids"]
     answers = tokenizer([row["answer"] for row in rows], add_special_tokens=False)["input_ids"]
