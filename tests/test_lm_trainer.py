@@ -236,3 +236,26 @@ def test_resuming_what_never_ran_or_has_no_checkpoint_is_an_error(tmp_path: Path
     config = make_config(tmp_path / "run", run={"resume": True})
     with pytest.raises(InputError, match="no run"):
         make_trainer(config, make_actor=never_called)
+
+
+def test_two_processes_collect_and_update_as_one(tmp_path: Path) -> None:
+    """A whole run launched with two processes draws the same completions, so it writes the same first metrics."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    make_trainer(make_config(alone)).train()
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_lm_trainer as t\n"
+        "trainer = t.make_trainer(t.make_config(Path(sys.argv[2])))\n"
+        "assert trainer.accelerator.num_processes == 2\n"
+        "trainer.train()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    arguments = [str(script), str(Path(__file__).parent), str(together)]
+    subprocess.run([*launch, *arguments], check=True, env=environment, timeout=120)
+    one, two = files_of(alone)[0], files_of(together)[0]
+    assert [row["step"] for row in two] == [row["step"] for row in one]
+    for expected, found in zip(one[:3], two[:3], strict=True):  # later, rounding may tip a sampled token over
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key

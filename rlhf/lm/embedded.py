@@ -76,7 +76,7 @@ def build_taught_model(
         ]
         return encode_demonstrations(rows, tokenizer)
 
-    model = build_model(seed, tokenizer)
+    model = build_model(seed, tokenizer).to(PartialState().device)
     with LiveView("supervised", steps, columns=("loss",), enabled=PartialState().is_main_process) as view:
         fine_tune(
             model,

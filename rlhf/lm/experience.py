@@ -40,6 +40,9 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.action_mask)
 
+    def to(self, device: torch.device) -> "Sequences":
+        return Sequences(self.sequence_ids.to(device), self.attention_mask.to(device), self.action_mask.to(device))
+
 
 class Predictions(NamedTuple):
     """What the roles say of the completions before any update, [B, T] float32 each, 0 in masked slots."""

@@ -30,7 +30,7 @@ def fine_tune(
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
     model.train()
     for step in range(steps):
-        loss = negative_log_likelihood(model, demonstrations(step))
+        loss = negative_log_likelihood(model, demonstrations(step).to(model.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
