@@ -34,7 +34,7 @@ EMBEDDED = TrainerConfig(
         micro_batch_size=128,
         learning_rate=1e-3,
     ),
-    run=RunConfig(run_dir=Path("runs/grpo_math"), eval_prompts=512),
+    run=RunConfig(run_dir=Path("runs/grpo_math"), eval_every=10, eval_prompts=512),
 )
 
 # With --model: small steps, long completions.

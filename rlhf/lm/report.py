@@ -10,7 +10,7 @@ from rlhf.run import Panel, RunFolder, plot_metrics, read_json_lines
 LIVE_COLUMNS = ("reward/mean", "accuracy/greedy", "kl/sequence", "entropy", "time/tokens_per_second")
 
 PANELS = (
-    Panel("Held-out accuracy", (("accuracy/greedy", "greedy"), ("accuracy/sampled", "sampled")), (0.0, 1.0)),
+    Panel("Held-out accuracy", (("accuracy/greedy", "greedy"), ("accuracy/sampled", "sampled")), (0.0, 1.02)),
     Panel("Reward per sequence", (("reward/mean", "mean"),)),
     Panel("KL to the reference (nats per sequence)", (("kl/sequence", "k1"),)),
     Panel("Entropy (nats per token)", (("entropy", "entropy"),)),
