@@ -3,16 +3,15 @@
     accelerate launch recipes/grpo_math.py                      # no download: a small model learns to add, on a CPU
     accelerate launch recipes/grpo_math.py --model <folder or hub id> --task gsm8k --data <folder or hub id>
 
-Every option: python recipes/grpo_math.py --help
+Every option and its default: python recipes/grpo_math.py --help, or the same with --model for pretrained models.
 """
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from rlhf.lm.config import AlgorithmConfig, OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.embedded import build_taught_model, build_tokenizer
@@ -39,7 +38,7 @@ EMBEDDED = TrainerConfig(
 
 # With --model: small steps, long completions.
 PRETRAINED = TrainerConfig(
-    sampling=SamplingConfig(max_prompt_tokens=512, max_new_tokens=256),
+    sampling=SamplingConfig(max_prompt_tokens=512, max_new_tokens=256, generation_batch_size=64),
     algorithm=AlgorithmConfig(advantage="group", critic="none", kl_loss_coef=0.01),
     optimization=OptimizationConfig(
         steps=200,
@@ -49,40 +48,27 @@ PRETRAINED = TrainerConfig(
         minibatches=4,
         micro_batch_size=8,
         learning_rate=1e-6,
-        warmup_steps=10,
     ),
     run=RunConfig(run_dir=Path("runs/grpo_math"), eval_prompts=128),
 )
 
 
-@dataclass(frozen=True)
-class Args:
-    """GRPO on mathematics: advantages from groups of samples, no critic, KL to the reference in the loss."""
-
-    config: Annotated[TrainerConfig, tyro.conf.OmitArgPrefixes]
-    model: str | None = None
-    """Folder or hub id of a pretrained model; without it a small one is made and taught on the spot."""
-    task: str = "arithmetic"
-    """arithmetic or gsm8k."""
-    data: str | None = None
-    """For gsm8k: a folder with train.jsonl and test.jsonl, or a hub id."""
-    plain_prompts: bool = False
-    """Ask in plain text: for pretrained models without a chat template."""
-
-
-def main(args: Args) -> None:
-    tokenizer = build_tokenizer() if args.model is None else load_tokenizer(args.model)
-    task = load_task(args.task, data=args.data, tokenizer=tokenizer, plain_prompts=args.plain_prompts)
+def main(config: TrainerConfig) -> None:
+    source = config.source
+    tokenizer = build_tokenizer() if source.model is None else load_tokenizer(source.model)
+    task = load_task(source.task, data=source.data, tokenizer=tokenizer, plain_prompts=source.plain_prompts)
 
     def make_actor() -> PreTrainedModel:
-        if args.model is not None:
-            return load_actor(args.model)
-        return build_taught_model(args.config.run.seed, tokenizer, task)
+        if source.model is not None:
+            return load_actor(source.model)
+        return build_taught_model(config.run.seed, tokenizer, task)
 
-    Trainer(args.config, tokenizer=tokenizer, task=task, make_actor=make_actor).train()
+    Trainer(config, tokenizer=tokenizer, task=task, make_actor=make_actor).train()
 
 
 if __name__ == "__main__":
     has_model = any(word.split("=")[0] == "--model" for word in sys.argv)
+    disable_progress_bar()  # transformers' own, which would break into ours
     with reporting_errors():
-        main(tyro.cli(Args, default=Args(config=PRETRAINED if has_model else EMBEDDED)))
+        defaults = PRETRAINED if has_model else EMBEDDED
+        main(tyro.cli(tyro.conf.OmitArgPrefixes[TrainerConfig], default=defaults, description=__doc__))

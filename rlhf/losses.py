@@ -98,8 +98,8 @@ def importance_weighted_loss(
     Source: Degris et al. 2012, arXiv:1205.4839, eq. 5; Schulman et al. 2015, arXiv:1502.05477, eq. 14.
     """
     log_ratio, advantages = _log_ratio_and_advantages(log_probs, behavior_log_probs, advantages, action_mask)
-    ratio = log_ratio.exp()
-    return SurrogateTerms(-ratio * advantages, ratio.detach(), torch.zeros_like(action_mask))
+    loss = -_weighted(log_ratio, advantages)
+    return SurrogateTerms(loss, log_ratio.detach().exp(), torch.zeros_like(action_mask))
 
 
 def clipped_surrogate_loss(
@@ -131,10 +131,9 @@ def clipped_surrogate_loss(
     ratio = log_ratio.detach().exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     is_clipped = -bounded * advantages > -ratio * advantages
-    # An action that is clipped, or neither good nor bad, has no gradient: its ratio, which may have overflowed, is
-    # kept out of the differentiated exp, since 0 * inf is NaN.
-    free = log_ratio.masked_fill(is_clipped | (advantages == 0), 0.0).exp()
-    return SurrogateTerms(-torch.where(is_clipped, bounded, free) * advantages, ratio, is_clipped)
+    # A clipped action has no gradient: its ratio, which may have overflowed, is kept out of the differentiated exp.
+    free = _weighted(log_ratio.masked_fill(is_clipped, 0.0), advantages)
+    return SurrogateTerms(-torch.where(is_clipped, bounded * advantages, free), ratio, is_clipped)
 
 
 def kl_penalized_surrogate_loss(
@@ -167,11 +166,10 @@ def kl_penalized_surrogate_loss(
     check_same_shape(log_probs=log_probs, kl=kl)
     check_float(kl=kl)
     log_ratio, advantages = _log_ratio_and_advantages(log_probs, old_log_probs, advantages, action_mask)
-    ratio = log_ratio.exp()
     if kl is None:
         kl = torch.expm1(log_ratio) - log_ratio
-    loss = -ratio * advantages + kl_coef * fill_masked(kl, action_mask)
-    return SurrogateTerms(loss, ratio.detach(), torch.zeros_like(action_mask))
+    loss = -_weighted(log_ratio, advantages) + kl_coef * fill_masked(kl, action_mask)
+    return SurrogateTerms(loss, log_ratio.detach().exp(), torch.zeros_like(action_mask))
 
 
 def value_loss(
@@ -243,3 +241,8 @@ def _log_ratio_and_advantages(
     check_float(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
     log_ratio = fill_masked(log_probs - old_log_probs.detach(), action_mask)
     return log_ratio, fill_masked(advantages.detach(), action_mask)
+
+
+def _weighted(log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """ratio * advantage; exactly 0 where the advantage is, though the ratio overflowed: inf * 0 would be NaN."""
+    return log_ratio.masked_fill(advantages == 0, 0.0).exp() * advantages

@@ -79,9 +79,10 @@ def masked_whiten(
     if (mean is None) != (var is None):
         raise InputError("give both mean and var, or neither")
     check_range("epsilon", epsilon, low=0)
-    x = fill_masked(x, mask)
+    # Measured from one of its own numbers, equal numbers are exactly 0; less their rounded mean they would not be.
+    origin = torch.where(mask.any(), fill_masked(x, mask, -torch.inf).amax(), 0.0)
+    x = fill_masked(x - origin, mask)
     if mean is None or var is None:
-        mean, var = masked_mean(x, mask), masked_var(x, mask, ddof=ddof)
-    scale = torch.where(var + epsilon > 0, var + epsilon, 1.0).rsqrt()  # equal numbers are 0 even without epsilon
-    scaled = (x - mean) * scale
+        mean, var = masked_mean(x, mask) + origin, masked_var(x, mask, ddof=ddof)
+    scaled = (x - (mean - origin)) * torch.where(var + epsilon > 0, var + epsilon, 1.0).rsqrt()
     return fill_masked(scaled if shift_mean else scaled + mean, mask)

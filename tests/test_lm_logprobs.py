@@ -19,7 +19,7 @@ def of(
     model: PreTrainedModel, batch: Sequences, *, temperature: float = 1.0, with_hidden: bool = False
 ) -> PolicyOutput:
     args = (batch.sequence_ids, batch.attention_mask, batch.action_mask)
-    return policy_output(model, *args, temperature=temperature, with_hidden=with_hidden)
+    return policy_output(model, *args, temperature=temperature, with_entropy=True, with_hidden=with_hidden)
 
 
 def plain(model: PreTrainedModel, prompt: str, completion: str, temperature: float) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,6 @@ PROMPTS = ["1+2=", "12345+678=", "9"]
 COMPLETIONS = ["3", "12", "4567"]
 BATCH = sequences_of(PROMPTS, COMPLETIONS)
 ARGS = (BATCH.sequence_ids, BATCH.attention_mask, BATCH.action_mask)
-CPU = torch.device("cpu")
 CLASSIFIERS = [name for name in ARCHITECTURES if name != "gemma3"]  # transformers has no token classifier for it
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 either_critic = pytest.mark.parametrize("kind", ["separate", "shared"])
@@ -33,7 +32,7 @@ every_critic = pytest.mark.parametrize(
 
 def roles_of(kind: str, *, architecture: str = "llama", dtype: torch.dtype = torch.float64) -> Roles:
     actor = tiny_model(architecture=architecture, dtype=dtype)
-    return assemble_roles(actor, critic=kind, with_reference=True, device=CPU)
+    return assemble_roles(actor, critic=kind, with_reference=True)
 
 
 def head_of(critic: Critic) -> nn.Linear:
@@ -168,7 +167,7 @@ def test_the_reference_is_the_actor_as_it_was(architecture: str) -> None:
 def test_dropout_is_off_in_every_role(kind: str) -> None:
     """Otherwise the ratio differs from 1 before the first update."""
     actor = tiny_model(architecture="gpt2", embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5).train()
-    roles = assemble_roles(actor, critic=kind, with_reference=True, device=CPU)
+    roles = assemble_roles(actor, critic=kind, with_reference=True)
     with_random_head(roles.critic)
     for model in (roles.actor, roles.reference):
         once, again = (policy_output(model, *ARGS, temperature=1.0).log_probs for _ in range(2))
@@ -177,7 +176,7 @@ def test_dropout_is_off_in_every_role(kind: str) -> None:
 
 
 def test_roles_that_are_not_needed_are_not_made() -> None:
-    roles = assemble_roles(tiny_model(), critic="none", with_reference=False, device=CPU)
+    roles = assemble_roles(tiny_model(), critic="none", with_reference=False)
     assert roles.critic is None
     assert roles.reference is None
 

@@ -277,3 +277,18 @@ def test_hostile_answers_are_wrong_and_cost_nothing(completion: str) -> None:
 def test_verdicts_are_one_per_completion_in_order() -> None:
     completions = ["\\boxed{1}", "9^{9^{9^9}}", "\\boxed{3}", "4"]
     assert math_answer(["q"] * 4, completions, answer=["1", "2", "3", "5"]) == [1.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "So the total is **18** dollars. \\boxed{18}",
+        "**Answer: 18**",
+        "The answer is 18!",
+        "In all there are 18! \\boxed{18}",
+        "**Step 1**: 9 * 2 = 18\nThe final answer is $\\boxed{18}$.",
+        "\\boxed{18}" + " That is how many eggs are sold." * 30,
+    ],
+)
+def test_prose_around_the_answer_does_not_make_it_wrong(completion: str) -> None:
+    assert math_answer(["q"], [completion], answer=["18"]) == [1.0]

@@ -136,14 +136,14 @@ def starting(tokenizer: Any) -> Any:
 def test_a_start_token_that_the_template_writes_is_not_added_again(tmp_path: Path) -> None:
     chatty = starting(with_template(bos="?"))
     task = gsm8k(folder_with(tmp_path, [{"question": "1", "answer": "#### 1"}]), chatty)
-    ids = tokenize_prompts(task.train, chatty, max_prompt_tokens=1000, add_special_tokens=task.add_special_tokens)[0]
+    _, (ids,) = tokenize_prompts(task.train, chatty, max_prompt_tokens=1000, add_special_tokens=task.add_special_tokens)
     assert len(ids) == len(task.train[0]["prompt"]), "one token per character"
     assert ids[:2] == chatty.convert_tokens_to_ids(["?", "["])
 
 
 def test_a_plain_prompt_gets_the_start_token_the_model_was_trained_with() -> None:
     plain = starting(build_tokenizer())
-    assert tokenize_prompts([{"prompt": "1+1="}], plain, max_prompt_tokens=9) == [plain("1+1=")["input_ids"]]
+    assert tokenize_prompts([{"prompt": "1+1="}], plain, max_prompt_tokens=9)[1] == [plain("1+1=")["input_ids"]]
 
 
 @pytest.mark.parametrize(
@@ -205,14 +205,22 @@ def test_load_task_refuses(name: str, data: str | None, problem: str) -> None:
 
 def test_prompts_up_to_the_limit_pass() -> None:
     rows = [{"prompt": "1+1="}, {"prompt": "12+12="}]
-    assert tokenize_prompts(rows, tokenizer, max_prompt_tokens=6) == [[6, 3, 6, 4], [6, 7, 3, 6, 7, 4]]
+    assert tokenize_prompts(rows, tokenizer, max_prompt_tokens=6)[1] == [[6, 3, 6, 4], [6, 7, 3, 6, 7, 4]]
 
 
 def test_a_long_prompt_says_what_to_pass() -> None:
     rows = [{"prompt": "1+1="}, {"prompt": "12+123="}, {"prompt": "12+12="}]
-    with pytest.raises(InputError, match=r"2 of 3 prompts .*_tokens = 5; .*row 2, has 7 .*--max-prompt-tokens 7 "):
+    with pytest.raises(
+        InputError,
+        match=r"2 of 3 prompts .*_tokens = 5; .*row 2, has 7 .*--max-prompt-tokens 7, or --drop-long-prompts",
+    ):
         tokenize_prompts(rows, tokenizer, max_prompt_tokens=5)
-    tokenize_prompts(rows, tokenizer, max_prompt_tokens=7)
+    kept, token_ids = tokenize_prompts(rows, tokenizer, max_prompt_tokens=5, drop_long=True)
+    assert kept == rows[:1]
+    assert list(map(len, token_ids)) == [4]
+    with pytest.raises(InputError, match="3 of 3"):
+        tokenize_prompts(rows, tokenizer, max_prompt_tokens=3, drop_long=True)
+    assert tokenize_prompts(rows, tokenizer, max_prompt_tokens=7)[0] == rows
 
 
 def test_an_empty_prompt_is_refused() -> None:

@@ -13,12 +13,18 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from rlhf.checks import InputError
 from rlhf.lm.config import AlgorithmConfig, OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.embedded import build_tokenizer
-from rlhf.lm.rewards import exact_answer
+from rlhf.lm.rewards import RewardModel, exact_answer
 from rlhf.lm.tasks import Task, arithmetic
 from rlhf.lm.trainer import Trainer
 from rlhf.run import read_json_lines, without_timings
@@ -214,6 +220,7 @@ def test_completions_beyond_the_models_positions_say_what_to_pass(tmp_path: Path
     config = make_config(tmp_path / "run", sampling={"max_new_tokens": 10_000})
     with pytest.raises(InputError, match="--max-new-tokens"):
         make_trainer(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
@@ -259,3 +266,52 @@ def test_two_processes_collect_and_update_as_one(tmp_path: Path) -> None:
         assert found.keys() == expected.keys()
         for key, value in expected.items():
             assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
+def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(tmp_path: Path) -> None:
+    """The run folder appears only once nothing can be wrong any more, and can be resumed from then on."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    make_trainer(make_config(whole)).train()
+
+    def failing() -> PreTrainedModel:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(make_config(killed), make_actor=failing)
+    assert not killed.exists()
+    trainer = make_trainer(make_config(killed))
+    trainer.train_step()  # and dies
+    make_trainer(make_config(killed, run={"resume": True}), make_actor=never_called).train()
+    assert files_of(killed) == files_of(whole)
+
+
+def test_what_only_reports_or_bounds_memory_may_change_on_resume(tmp_path: Path) -> None:
+    make_trainer(make_config(tmp_path / "run")).train()
+    changed = make_config(tmp_path / "run", run={"resume": True, "eval_every": 1}, optimization={"micro_batch_size": 3})
+    assert make_trainer(changed, make_actor=never_called).step == STEPS
+
+
+def test_a_finished_run_resumed_says_the_same_again(tmp_path: Path) -> None:
+    summary = make_trainer(make_config(tmp_path / "run")).train()
+    assert make_trainer(make_config(tmp_path / "run", run={"resume": True})).train() == summary
+
+
+@pytest.mark.parametrize("kl_target", [None, 0.5])
+def test_a_diverged_run_stops_and_says_so(kl_target: float | None, tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run", optimization={"learning_rate": 1e30}, algorithm={"kl_target": kl_target})
+    trainer = make_trainer(config)
+    with pytest.raises(InputError, match="diverged"):
+        trainer.train()
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_a_reward_model_can_be_the_reward(tmp_path: Path) -> None:
+    config = tiny_model().config
+    config.num_labels = 1
+    model = AutoModelForSequenceClassification.from_config(config)
+    reward = RewardModel(model, build_tokenizer())
+    trainer = make_trainer(make_config(tmp_path / "run"), reward_functions=[reward])
+    metrics, samples = trainer.train_step()
+    texts = [sample["prompt"] + sample["completion"] for sample in samples]
+    assert samples[0]["score"] == pytest.approx(reward([texts[0]], [""])[0], abs=1e-5)
+    assert metrics["reward/std"] > 0

@@ -42,9 +42,7 @@ def config_for(algorithm: AlgorithmConfig, micro_batch_size: int = 64) -> Traine
 def make_roles(algorithm: AlgorithmConfig) -> Roles:
     """Float64 roles in which reference and critic differ from the actor and from their starting point."""
     actor = tiny_model(seed=1, dtype=torch.float64)
-    roles = assemble_roles(
-        actor, critic=algorithm.critic, with_reference=algorithm.needs_reference, device=torch.device("cpu")
-    )
+    roles = assemble_roles(actor, critic=algorithm.critic, with_reference=algorithm.needs_reference)
     generator = torch.Generator().manual_seed(0)
     for module in (roles.reference, roles.critic):
         for parameter in module.parameters() if module is not None else ():

@@ -140,18 +140,24 @@ def test_a_pretrained_model_trains_on_gsm8k(recipe: str, pretrained: Path, gsm8k
     ("arguments", "message"),
     [
         (["--task", "chess"], "unknown task 'chess'"),
-        (["--task", "gsm8k"], "task 'gsm8k' needs --data"),
-        (["--task", "gsm8k", "--data", "./nowhere", "--plain-prompts"], "nowhere/train.jsonl does not exist"),
+        (["--task", "gsm8k"], "task 'gsm8k' needs a pretrained model"),
+        (["--task", "gsm8k", "--model", "./chat"], "task 'gsm8k' needs --data"),
+        (["--task", "gsm8k", "--model", "./chat", "--data", "./nowhere"], "nowhere/train.jsonl does not exist"),
         (["--model", "./empty"], "no tokenizer could be loaded from './empty'"),
         (["--max-prompt-tokens", "5"], "--max-prompt-tokens 8"),
         (["--minibatches", "7"], "do not divide into minibatches = 7"),
         (["--gamma", "1.5"], "gamma must be in [0, 1], got 1.5"),
+        (["--warmup-steps", "99999"], "warmup_steps = 99999 is not shorter"),
+        (["--log-with", "nothing"], "--log-with nothing: not installed"),
         (["--resume"], "holds no run to resume"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_input_is_one_error_before_any_work(arguments: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "chat")
     result = run(sys.executable, str(RECIPES / "ppo_math.py"), *arguments, cwd=tmp_path)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr

@@ -181,9 +181,14 @@ def test_the_line_is_red_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert terminal.getvalue() == "\x1b[1;31merror: got 2\x1b[0m\n"
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("a"), FileNotFoundError("b"), FileExistsError("c"), KeyboardInterrupt(), SystemExit(3)]
-)
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        raise_it(KeyboardInterrupt())()
+    assert caught.value.code == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError("a"), FileNotFoundError("b"), FileExistsError("c"), SystemExit(3)])
 def test_every_other_exception_passes_untouched(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(type(error)) as caught:
         raise_it(error)()

@@ -1,10 +1,11 @@
 """Checks that span arguments, before any long work: processes, rewards, context length, resuming."""
 
 import os
-import warnings
+import sys
 from collections.abc import Sequence
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel
 
 from rlhf.checks import InputError
@@ -15,6 +16,28 @@ from rlhf.lm.tasks import Task
 from rlhf.run import RunFolder, latest_checkpoint
 
 ON_CPU = "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ..."
+
+# What a resumed run may change: where it is, what it reports, and how much memory it takes (results then agree up to
+# rounding, no longer bit for bit).
+MAY_CHANGE = {"run_dir", "eval_every", "eval_prompts", "checkpoint_every", "keep_checkpoints", "samples_per_log"} | {
+    "log_with",
+    "generation_batch_size",
+    "micro_batch_size",
+}
+
+
+def check_tracker(name: str | None) -> None:
+    """accelerate knows the tracker and its package is installed.
+
+    Raises:
+        InputError: it does not or is not.
+    """
+    installed = [tracker.value for tracker in get_available_trackers()]
+    if name is not None and name not in installed:
+        raise InputError(
+            f"--log-with {name}: not installed here; there are {installed or 'none'}. Install its package "
+            "(tensorboard, wandb, ...), or leave the option out: metrics.jsonl is written in any case"
+        )
 
 
 def check_processes(config: TrainerConfig, accelerator: Accelerator) -> None:
@@ -30,11 +53,13 @@ def check_processes(config: TrainerConfig, accelerator: Accelerator) -> None:
             f"train alone: without GPUs, launch with {ON_CPU}"
         )
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        warnings.warn(
+        print(
             "several processes were asked for, but accelerate's plain CPU launcher starts only one without MPI: this "
             f"run has one process; for more, launch with {ON_CPU}",
-            stacklevel=2,
+            file=sys.stderr,
         )
+    if accelerator.device.type == "mps":
+        raise InputError("Apple's GPU has no float64, which sampling needs: give Accelerator(cpu=True)")
     if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU"):
         raise InputError(
             f"distributed_type {accelerator.distributed_type.value} shards weights, which this trainer does not do: "
@@ -72,25 +97,30 @@ def check_context(actor: PreTrainedModel, train: PromptSet, held_out: PromptSet,
     """
     longest = max(len(ids) for prompts in (train, held_out) for ids in prompts.token_ids)
     limit = getattr(actor.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest >= limit:
+        raise InputError(
+            f"the longest prompt has {longest} tokens, as many as the model's {limit} positions or more: pass "
+            f"--drop-long-prompts and a --max-prompt-tokens below {limit} that leaves room for completions"
+        )
     if limit is not None and longest + sampling.max_new_tokens > limit:
         raise InputError(
             f"the longest prompt has {longest} tokens and max_new_tokens is {sampling.max_new_tokens}, together more "
-            f"than the model's {limit} positions: pass --max-new-tokens {max(limit - longest, 1)} or less"
+            f"than the model's {limit} positions: pass --max-new-tokens {limit - longest} or less"
         )
 
 
 def check_resumable(folder: RunFolder, config: TrainerConfig) -> None:
-    """The run in the folder was started with the same config and has a checkpoint.
+    """The folder holds a run that was started with the same config, MAY_CHANGE apart, and it has a checkpoint.
 
     Raises:
-        InputError: it was not, naming every difference, or it has none.
+        InputError: it does not, it was not, naming every difference, or it has none.
     """
-    old, new = folder.config(), config.as_dict()
+    old, new = RunFolder.open(folder.path).config(), config.as_dict()
     differences = [
         f"{name} was {old.get(topic, {}).get(name)!r}, is now {value!r}"
         for topic, fields in new.items()
         for name, value in fields.items()
-        if old.get(topic, {}).get(name) != value and name != "run_dir"
+        if old.get(topic, {}).get(name) != value and name not in MAY_CHANGE
     ]
     if differences:
         raise InputError(

@@ -14,22 +14,42 @@ LRSchedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """What is trained on what: read by the recipes, kept in the run's config.json."""
+
+    model: str | None = None
+    """Folder or hub id of a pretrained model; None: a small one is made and taught on the spot."""
+    task: str = "arithmetic"
+    """arithmetic, or gsm8k (which needs a model)."""
+    data: str | None = None
+    """For gsm8k: a folder with train.jsonl and test.jsonl, or a hub id."""
+    plain_prompts: bool = False
+    """Ask in plain text: for pretrained models without a chat template."""
+    drop_long_prompts: bool = False
+    """Leave out prompts longer than max_prompt_tokens instead of stopping."""
+
+    def __post_init__(self) -> None:
+        if self.model is None and self.task == "gsm8k":
+            raise InputError("task 'gsm8k' needs a pretrained model: pass --model <folder or hub id>")
+
+
+@dataclass(frozen=True)
 class SamplingConfig:
     """How completions are drawn."""
 
     max_prompt_tokens: int = 512
-    """Longest prompt accepted, in tokens; a longer one stops the run before it starts."""
+    """Longest prompt accepted, in tokens; a longer one stops the run before it starts, unless dropped."""
     max_new_tokens: int = 256
     """Longest completion, in tokens, end-of-sequence token included."""
     temperature: float = 1.0
     """Logits are divided by it, when sampling and when training; > 0."""
     generation_batch_size: int = 256
-    """Sequences generated, or scored without gradient, at once on each process: bounds memory, changes no result."""
+    """Sequences generated at once on each process: bounds memory, changes no result."""
 
     def __post_init__(self) -> None:
         check_range("max_prompt_tokens", self.max_prompt_tokens, low=1)
         check_range("max_new_tokens", self.max_new_tokens, low=1)
-        check_range("temperature", self.temperature, low=0, low_open=True)
+        check_range("temperature", self.temperature, low=0, low_open=True, high_open=True)
         check_range("generation_batch_size", self.generation_batch_size, low=1)
 
 
@@ -80,7 +100,7 @@ class AlgorithmConfig:
         check_range("clip_low", self.clip_low, low=0, high=1, low_open=True, high_open=True)
         check_range("clip_high", self.clip_high, low=0, low_open=True)
         if self.value_clip is not None:
-            check_range("value_clip", self.value_clip, low=0, low_open=True)
+            check_range("value_clip", self.value_clip, low=0, low_open=True, high_open=True)
         for name in ("value_coef", "entropy_coef", "kl_reward_coef", "kl_loss_coef"):
             check_range(name, getattr(self, name), low=0, high_open=True)
         if self.kl_target is not None:
@@ -112,7 +132,7 @@ class OptimizationConfig:
     minibatches: int = 2
     """Optimizer steps per pass."""
     micro_batch_size: int = 64
-    """Sequences per forward and backward on each process: bounds memory, changes no gradient."""
+    """Sequences per forward, and backward, on each process: bounds memory, changes no gradient."""
     learning_rate: float = 1e-6
     """Peak learning rate (AdamW)."""
     critic_learning_rate: float | None = None
@@ -128,7 +148,7 @@ class OptimizationConfig:
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, >= 0."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm, actor and critic each on its own; > 0."""
+    """Gradients are scaled down to this norm, actor and critic each on its own; > 0, inf for never."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "samples_per_prompt", "epochs", "minibatches", "micro_batch_size"):
@@ -142,6 +162,11 @@ class OptimizationConfig:
             check_range(name, getattr(self, name), low=0, high=1, high_open=True)
         check_range("weight_decay", self.weight_decay, low=0, high_open=True)
         check_range("max_grad_norm", self.max_grad_norm, low=0, low_open=True)
+        if self.warmup_steps >= self.optimizer_steps:
+            raise InputError(
+                f"warmup_steps = {self.warmup_steps} is not shorter than the run: steps * epochs * minibatches = "
+                f"{self.optimizer_steps} optimizer steps; pass a smaller --warmup-steps"
+            )
         if self.sequences_per_step % self.minibatches:
             raise InputError(
                 f"prompts_per_step * samples_per_prompt = {self.prompts_per_step} * {self.samples_per_prompt} = "
@@ -191,6 +216,7 @@ class RunConfig:
 class TrainerConfig:
     """A whole run."""
 
+    source: SourceConfig = field(default_factory=SourceConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)

@@ -94,7 +94,7 @@ class Experience:
 def predict(
     roles: Roles, sequences: Sequences, *, temperature: float, batch_size: int, autocast: Autocast
 ) -> Predictions:
-    """One pass of each role over the sequences, `batch_size` at a time."""
+    """One pass of each role over the sequences, `batch_size` at a time, which bounds memory."""
     shape = sequences.action_mask.shape
     columns: list[list[Tensor]] = [[], [], [], []]
     for rows in torch.arange(len(sequences), device=sequences.action_mask.device).split(batch_size):
@@ -102,7 +102,7 @@ def predict(
         args = (part.sequence_ids, part.attention_mask, part.action_mask)
         shared = roles.critic is not None and roles.critic.trunk is None
         with autocast():
-            policy = policy_output(roles.actor, *args, temperature=temperature, with_hidden=shared)
+            policy = policy_output(roles.actor, *args, temperature=temperature, with_entropy=True, with_hidden=shared)
             found = [policy.log_probs, policy.entropy, None, None]
             if roles.reference is not None:
                 found[2] = policy_output(roles.reference, *args, temperature=temperature).log_probs

@@ -13,7 +13,7 @@ class PolicyOutput(NamedTuple):
     """What one forward of the actor says about each completion token."""
 
     log_probs: Tensor  # [B, T] nats, float32 (or float64), 0 in masked slots
-    entropy: Tensor  # [B, T] nats, 0 in masked slots
+    entropy: Tensor | None  # [B, T] nats, 0 in masked slots, if asked for
     hidden: Tensor | None  # [B, T, H] last hidden state before each token was chosen, if asked for
 
 
@@ -24,6 +24,7 @@ def policy_output(
     action_mask: Tensor,
     *,
     temperature: float,
+    with_entropy: bool = False,
     with_hidden: bool = False,
 ) -> PolicyOutput:
     """log pi(token | before) of the last T tokens of each sequence.
@@ -34,6 +35,7 @@ def policy_output(
         attention_mask: [B, P + T] bool.
         action_mask: [B, T] bool.
         temperature: logits are divided by it.
+        with_entropy: also return the entropy, which costs several times the memory of the log-probs alone.
         with_hidden: also return the hidden states that the value head of a shared critic reads.
     """
     length = action_mask.shape[-1]
@@ -45,11 +47,13 @@ def policy_output(
         output_hidden_states=with_hidden,
         use_cache=False,
     )
-    logits = widen(output.logits[:, -length - 1 : -1]) / temperature
+    logits = widen(output.logits[:, -length - 1 : -1])
+    logits = logits if temperature == 1 else logits / temperature
     tokens = sequence_ids[:, -length:]
     chosen = logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     hidden = output.hidden_states[-1][:, -length - 1 : -1] if with_hidden else None
-    return PolicyOutput(torch.where(action_mask, chosen, 0.0), categorical_entropy(logits, action_mask), hidden)
+    entropy = categorical_entropy(logits, action_mask) if with_entropy else None
+    return PolicyOutput(torch.where(action_mask, chosen, 0.0), entropy, hidden)
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

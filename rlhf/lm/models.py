@@ -101,16 +101,16 @@ class Roles:
         return [group for group in groups if group]
 
 
-def assemble_roles(actor: PreTrainedModel, *, critic: CriticKind, with_reference: bool, device: torch.device) -> Roles:
-    """Actor on the device, the critic and the frozen reference made from it.
+def assemble_roles(actor: PreTrainedModel, *, critic: CriticKind, with_reference: bool) -> Roles:
+    """The actor, and on its device the critic and the frozen reference made from it.
 
     All stay in eval mode for good: dropout would make the ratio differ from 1 before the first update.
     """
-    actor = actor.to(device).eval()  # type: ignore[arg-type]
+    actor = actor.eval()
     reference = copy.deepcopy(actor).requires_grad_(False) if with_reference else None
     value_model = None
     if critic != "none":
-        value_model = (Critic.separate(actor) if critic == "separate" else Critic.shared(actor)).to(device)
+        value_model = (Critic.separate(actor) if critic == "separate" else Critic.shared(actor)).to(actor.device)
     return Roles(actor, value_model, reference)
 
 

@@ -82,7 +82,7 @@ def _called(
 
 
 def _checked(name: str, returned: Any, completions: Sequence[str]) -> Tensor:
-    values = returned.tolist() if isinstance(returned, Tensor) else returned
+    values = returned.tolist() if hasattr(returned, "tolist") else returned  # tensors, numpy arrays
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise InputError(
             f"reward function {name!r} returned {str(returned)[:80]}: it must return a list of numbers, one for each "
@@ -143,21 +143,30 @@ def exact_answer(prompts: list[str], completions: list[str], answer: list[str], 
 
 # Parsing is a computer algebra system's work. What would keep it busy is refused before it begins: long numbers,
 # factorials, exponents of more than two digits or that are no plain number or letter.
-_LONGEST_ANSWER = 400  # characters, counted from the end, where the final answer stands
-_DANGEROUS = re.compile(r"\d{40,}|\d\s*!|\*\*|\^(?!\s*(\{\s*)?-?(\d{1,2}|[a-zA-Z])(?![\w^.]))|\)\s*\^\s*\{?\s*\d\d")
+_LONGEST_ANSWER = 400  # characters
+_DANGEROUS = re.compile(r"\d{40,}|\d\s*!|\^(?!\s*(\{\s*)?-?(\d{1,2}|[a-zA-Z])(?![\w^.]))|\)\s*\^\s*\{?\s*\d\d")
+_EXCLAMATION = re.compile(r"!(?=[\s\"').*]|$)")
 _SECONDS = 1  # for parsing and for comparing, each
 
 
 def math_answer(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
     """1.0 where math-verify finds the completion's final answer equal to `answer`, else 0.0.
 
-    Main thread only: the time limit is a signal's.
+    The final answer is the last \\boxed{...}, or what math-verify finds in the last 400 characters. Main thread only:
+    the time limit is a signal's.
     """
     from math_verify import parse, verify  # loads sympy: only a run on mathematics should pay that second
 
     scores = []
     for completion, right in zip(completions, answer, strict=True):
-        tail = completion[-_LONGEST_ANSWER:]
-        parsed = [] if _DANGEROUS.search(tail) else parse(tail, parsing_timeout=_SECONDS)
+        text = final_answer(completion)
+        parsed = [] if _DANGEROUS.search(text) else parse(text, parsing_timeout=_SECONDS)
         scores.append(float(bool(parsed) and verify(parse(right), parsed, timeout_seconds=_SECONDS)))
     return scores
+
+
+def final_answer(completion: str) -> str:
+    """Where the answer stands, without the marks that prose puts around mathematics: **bold** and "18!"."""
+    boxed = completion.rfind("\\boxed")
+    text = completion[boxed:][:_LONGEST_ANSWER] if boxed >= 0 else completion[-_LONGEST_ANSWER:]
+    return _EXCLAMATION.sub(".", text.replace("**", " "))

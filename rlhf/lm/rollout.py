@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.lm.config import SamplingConfig
+from rlhf.lm.config import SamplingConfig, TrainerConfig
 from rlhf.lm.experience import Predictions, Sequences, predict
 from rlhf.lm.generation import Engine
 from rlhf.lm.models import Roles
@@ -27,15 +27,18 @@ class PromptSet:
 
     @classmethod
     def of(
-        cls, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, task: Task, *, max_prompt_tokens: int
+        cls, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, task: Task, config: TrainerConfig
     ) -> "PromptSet":
-        """The task's rows, tokenized; see `tokenize_prompts`."""
-        return cls(
+        """Rows of the task, tokenized; see `tokenize_prompts`."""
+        limit, drop_long = config.sampling.max_prompt_tokens, config.source.drop_long_prompts
+        kept, token_ids = tokenize_prompts(
             rows,
-            tokenize_prompts(
-                rows, tokenizer, max_prompt_tokens=max_prompt_tokens, add_special_tokens=task.add_special_tokens
-            ),
+            tokenizer,
+            max_prompt_tokens=limit,
+            drop_long=drop_long,
+            add_special_tokens=task.add_special_tokens,
         )
+        return cls(kept, token_ids)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -103,10 +106,20 @@ def collect(
     prompts_per_step: int,
     samples_per_prompt: int,
     reward_weights: Sequence[float] | None,
+    scoring_batch_size: int,
 ) -> Rollout:
     """Complete and score this step's prompts.
 
     What is drawn depends on (seed, step) and a sequence's place in the round, not on the number of processes.
+
+    Args:
+        step: rounds collected so far; decides which prompts are next.
+        prompts_per_step, samples_per_prompt: over all processes; B is their product.
+        scoring_batch_size: sequences per forward of actor, reference and critic.
+    Returns:
+        The round of all processes, the same on each but for `texts`.
+    Raises:
+        InputError: as `rewards.score`.
     """
     accelerator = sampler.accelerator
     chosen = prompt_indices(len(prompts), step=step, count=prompts_per_step, seed=seed)
@@ -125,7 +138,7 @@ def collect(
         roles,
         sequences,
         temperature=sampler.sampling.temperature,
-        batch_size=sampler.sampling.generation_batch_size,
+        batch_size=scoring_batch_size,
         autocast=accelerator.autocast,
     )
     gap = (predictions.log_probs - sampler_log_probs).abs().max()

@@ -140,25 +140,35 @@ def _rendered(question: str, tokenizer: PreTrainedTokenizerBase, plain: bool) ->
 
 
 def tokenize_prompts(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int, add_special_tokens: bool = True
-) -> list[list[int]]:
-    """Token ids of each row's prompt.
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt_tokens: int,
+    drop_long: bool = False,
+    add_special_tokens: bool = True,
+) -> tuple[list[Row], list[list[int]]]:
+    """The rows and their prompts' token ids; with `drop_long` without those longer than max_prompt_tokens.
 
     Raises:
-        InputError: a prompt is empty or longer than max_prompt_tokens.
+        InputError: a prompt is empty, or too long and not to be dropped; or all are dropped.
     """
     token_ids = tokenizer([row["prompt"] for row in rows], add_special_tokens=add_special_tokens)["input_ids"]
     lengths = [len(ids) for ids in token_ids]
     if min(lengths) == 0:
         raise InputError(f"row {lengths.index(0) + 1} has an empty prompt: the model needs a token to start from")
-    too_long = sum(length > max_prompt_tokens for length in lengths)
-    if too_long:
-        longest = max(lengths)
+    fits = [length <= max_prompt_tokens for length in lengths]
+    too_long, longest = len(rows) - sum(fits), max(lengths)
+    if too_long and (not drop_long or too_long == len(rows)):
         raise InputError(
             f"{too_long} of {len(rows)} prompts are longer than max_prompt_tokens = {max_prompt_tokens}; the longest, "
-            f"row {lengths.index(longest) + 1}, has {longest} tokens: pass --max-prompt-tokens {longest} or remove them"
+            f"row {lengths.index(longest) + 1}, has {longest} tokens: pass --max-prompt-tokens {longest}, or "
+            "--drop-long-prompts to leave them out"
         )
-    return token_ids
+    if too_long:
+        print(f"{too_long} of {len(rows)} prompts are longer than {max_prompt_tokens} tokens and left out")
+    return [row for row, fit in zip(rows, fits, strict=True) if fit], [
+        ids for ids, fit in zip(token_ids, fits, strict=True) if fit
+    ]
 
 
 def pad_left(

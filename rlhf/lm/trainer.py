@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ from accelerate.utils import broadcast, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from rlhf.kl import adapt_kl_coef_proportionally
-from rlhf.lm.checks import check_context, check_processes, check_resumable, check_rewards
+from rlhf.lm.checks import check_context, check_processes, check_resumable, check_rewards, check_tracker
 from rlhf.lm.config import TrainerConfig
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
 from rlhf.lm.generation import Engine, TransformersEngine
 from rlhf.lm.models import assemble_roles, end_token_ids, load_actor
 from rlhf.lm.report import LIVE_COLUMNS, collection_metrics, draw_plots, sample_rows
-from rlhf.lm.rewards import RewardFunction
+from rlhf.lm.rewards import RewardFunction, RewardModel
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
 from rlhf.lm.seeding import draw_seeds, generator_for
 from rlhf.lm.tasks import Task
@@ -30,12 +31,13 @@ from rlhf.run import (
     check_creatable,
     latest_checkpoint,
     load_state,
-    read_json_lines,
     rng_state,
     save_checkpoint,
     set_rng_state,
     truncate_after,
 )
+
+INITIAL = "initial"  # in the run folder: the first actor, which is the reference and where a resumed run starts from
 
 
 class Trainer:
@@ -69,38 +71,33 @@ class Trainer:
         accelerator: Accelerator | None = None,
     ) -> None:
         run = config.run
-        if accelerator is None:
-            accelerator = Accelerator(log_with=run.log_with, project_dir=run.run_dir if run.log_with else None)
+        check_tracker(run.log_with)
+        accelerator = default_accelerator(config) if accelerator is None else accelerator
         self.config, self.tokenizer, self.accelerator, self.task = config, tokenizer, accelerator, task
         self.reward_functions = [task.verifier] if reward_functions is None else list(reward_functions)
         self.reward_weights = reward_weights
         check_processes(config, accelerator)
         check_rewards(self.reward_functions, reward_weights, task)
+        for function in self.reward_functions:
+            if isinstance(function, RewardModel):
+                function.model.to(accelerator.device)
         self.train_prompts, self.held_out_prompts = (
-            PromptSet.of(rows, tokenizer, task, max_prompt_tokens=config.sampling.max_prompt_tokens)
-            for rows in (task.train, task.held_out)
+            PromptSet.of(rows, tokenizer, task, config) for rows in (task.train, task.held_out)
         )
-        self.folder = self._open_folder()
+        self.folder = RunFolder(run.run_dir)
+        if run.resume:
+            check_resumable(self.folder, config)
+        else:
+            check_creatable(run.run_dir)
         self._build_models(make_actor, make_engine)
         self.step, self.tokens, self.kl_coef = 0, 0, config.algorithm.kl_reward_coef
+        self.first_evaluation: dict[str, float] | None = None
         if run.resume:
             self._restore()
+        else:
+            self._begin()
 
     # -- set-up -----------------------------------------------------------------------------------------------------
-
-    def _open_folder(self) -> RunFolder:
-        """The run folder: created by the main process, or opened to resume."""
-        path = self.config.run.run_dir
-        if self.config.run.resume:
-            folder = RunFolder.open(path)
-            check_resumable(folder, self.config)
-            return folder
-        check_creatable(path)
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            RunFolder.create(path, self.config.as_dict())
-        self.accelerator.wait_for_everyone()
-        return RunFolder.open(path)
 
     def _build_models(
         self,
@@ -108,25 +105,21 @@ class Trainer:
         make_engine: Callable[[PreTrainedModel], Engine] | None,
     ) -> None:
         config, accelerator = self.config, self.accelerator
-        initial = self.folder.path / "initial"  # the reference, and where a resumed run starts from
         if config.run.resume:
-            actor = load_actor(str(initial), dtype="auto")
+            actor = load_actor(str(self.folder.path / INITIAL), dtype="auto")
         else:
             actor = make_actor()
             check_context(actor, self.train_prompts, self.held_out_prompts, config.sampling)
-            if accelerator.is_main_process and config.run.checkpoint_every > 0:
-                self._save_actor(actor, initial)
+        actor = actor.to(accelerator.device)
+        if accelerator.num_processes > 1:  # before critic and reference are made from it
+            broadcast([tensor.data for tensor in (*actor.parameters(), *actor.buffers())])
         set_seed(config.run.seed)  # for what draws from global generators: new layers, users' reward functions
         self.roles = assemble_roles(
             actor,
             critic=config.algorithm.critic,
             with_reference=config.algorithm.needs_reference,
-            device=accelerator.device,
         )
-        groups = self.roles.parameter_groups()
-        if accelerator.num_processes > 1:
-            broadcast([parameter.data for group in groups for parameter in group])
-        self.learner = self._build_learner(groups)
+        self.learner = self._build_learner(self.roles.parameter_groups())
         eos_token_ids = end_token_ids(self.roles.actor, self.tokenizer)
         engine = (
             make_engine(self.roles.actor)
@@ -158,38 +151,51 @@ class Trainer:
         )
         return Learner(self.roles, self.accelerator.prepare_optimizer(optimizer), scheduler)
 
+    def _begin(self) -> None:
+        """Create the run folder, now that nothing can be wrong any more; from here on the run can be resumed."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            RunFolder.create(self.folder.path, self.config.as_dict())
+            if self.config.run.checkpoint_every > 0:
+                self._save_actor(self.folder.path / INITIAL)
+        if self.config.run.checkpoint_every > 0:
+            self.save_checkpoint()
+        self.accelerator.wait_for_everyone()
+
     # -- training ---------------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, float]:
         """Run to the end. Returns the held-out accuracies before (`initial/...`) and after (`final/...`)."""
         config, main = self.config, self.accelerator.is_main_process
+        start = self.step
         if config.run.log_with:
-            self.accelerator.init_trackers("rlhf", config=config.as_dict())
+            flat = {f"{topic}.{name}": str(v) for topic, f in config.as_dict().items() for name, v in f.items()}
+            self.accelerator.init_trackers("rlhf", config=flat)
+        title = str(config.run.run_dir)
         with (
-            LiveView(
-                str(config.run.run_dir),
-                config.optimization.steps,
-                columns=LIVE_COLUMNS,
-                start_step=self.step,
-                enabled=main,
-            ) as view,
+            LiveView(title, config.optimization.steps, LIVE_COLUMNS, start_step=self.step, enabled=main) as view,
             MetricsLog(self.folder.metrics, self.accelerator) as metrics_log,
-            JsonLines(self.folder.samples) as samples_log,
+            JsonLines(self.folder.samples) if main else nullcontext() as samples_log,
         ):
             if self.step == 0:
-                metrics_log.write(0, self._evaluate(view))
+                view.say(f"evaluating on {self._held_out_count()} held-out prompts before training")
+                evaluation = self._evaluate(view)
+                self.first_evaluation = {name: x for name, x in evaluation.items() if not name.startswith("time/")}
+                metrics_log.write(0, evaluation)
             while self.step < config.optimization.steps:
                 metrics, samples = self.train_step()
                 if self._is_due(config.run.eval_every) or self.step == config.optimization.steps:
-                    metrics |= self._evaluate(view)
+                    evaluation = self._evaluate(view)
+                    metrics |= evaluation
                 metrics_log.write(self.step, metrics)
-                if main:
+                if samples_log is not None:
                     for sample in samples:
                         samples_log.write(sample)
                 view.update(self.step, metrics)
                 if self._is_due(config.run.checkpoint_every):
                     self.save_checkpoint()
-        return self._finish()
+            last = self.evaluate() if self.step == start else evaluation
+        return self._finish(last)
 
     def train_step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Collect one round and update on it: metrics, and the samples worth keeping."""
@@ -205,6 +211,7 @@ class Trainer:
             prompts_per_step=config.optimization.prompts_per_step,
             samples_per_prompt=config.optimization.samples_per_prompt,
             reward_weights=self.reward_weights,
+            scoring_batch_size=config.optimization.micro_batch_size,
         )
         experience = build_experience(
             rollout.sequences,
@@ -255,7 +262,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy on held-out prompts, greedy and sampled at the training temperature (one sample each)."""
-        count = min(self.config.run.eval_prompts, len(self.held_out_prompts))
+        count = self._held_out_count()
         seeds = draw_seeds(count, generator_for(self.config.run.seed, "evaluation"))
         found = {}
         for name, chosen in (("greedy", None), ("sampled", seeds)):
@@ -263,6 +270,9 @@ class Trainer:
                 self.sampler, self.held_out_prompts, self.task.verifier, count=count, seeds=chosen
             )
         return found
+
+    def _held_out_count(self) -> int:
+        return min(self.config.run.eval_prompts, len(self.held_out_prompts))
 
     def _evaluate(self, view: LiveView) -> dict[str, float]:
         started = time.perf_counter()
@@ -287,6 +297,7 @@ class Trainer:
             "step": self.step,
             "tokens": self.tokens,
             "kl_coef": self.kl_coef,
+            "first_evaluation": self.first_evaluation,
             "actor": dict(self.roles.actor.state_dict()),
             "critic": None if critic is None else dict(critic.state_dict()),
             "optimizer": self.learner.optimizer.state_dict(),
@@ -300,6 +311,7 @@ class Trainer:
         assert path is not None  # check_resumable saw it
         state = load_state(path)
         self.step, self.tokens, self.kl_coef = state["step"], state["tokens"], state["kl_coef"]
+        self.first_evaluation = state["first_evaluation"]
         self.roles.actor.load_state_dict(state["actor"])
         if self.roles.critic is not None:
             self.roles.critic.load_state_dict(state["critic"])
@@ -309,25 +321,24 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         set_rng_state(state["rng"])
         if self.accelerator.is_main_process:
-            truncate_after(self.folder.metrics, self.step)
-            truncate_after(self.folder.samples, self.step)
+            for path in (self.folder.metrics, self.folder.samples):
+                truncate_after(path, self.step if self.step > 0 else -1)  # step 0 starts with its evaluation again
         self.accelerator.wait_for_everyone()
 
-    def _save_actor(self, actor: PreTrainedModel, path: Path) -> None:
-        actor.save_pretrained(path)
+    def _save_actor(self, path: Path) -> None:
+        self.roles.actor.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
-    def _finish(self) -> dict[str, float]:
+    def _finish(self, last: dict[str, float]) -> dict[str, float]:
         """Final model and plots; says where everything is."""
-        rows = read_json_lines(self.folder.metrics)
-        evaluations = [row for row in rows if "accuracy/greedy" in row]
+        assert self.first_evaluation is not None
         summary = {
-            f"{moment}/{name}": row[f"accuracy/{name}"]
-            for moment, row in (("initial", evaluations[0]), ("final", evaluations[-1]))
+            f"{moment}/{name}": evaluation[f"accuracy/{name}"]
+            for moment, evaluation in (("initial", self.first_evaluation), ("final", last))
             for name in ("greedy", "sampled")
         }
         if self.accelerator.is_main_process:
-            self._save_actor(self.roles.actor, self.folder.final)
+            self._save_actor(self.folder.final)
             if self.roles.critic is not None:
                 self.roles.critic.save_pretrained(self.folder.final / "critic")
             draw_plots(self.folder, self.task.name)
@@ -340,3 +351,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return summary
+
+
+def default_accelerator(config: TrainerConfig) -> Accelerator:
+    """accelerate's own choice of device; but the CPU on Apple's GPUs, which have no float64 for the sampler."""
+    on_apple = torch.backends.mps.is_available()
+    if on_apple:
+        print("training on the CPU: Apple's GPU has no float64, which sampling needs")
+    log_with = config.run.log_with
+    return Accelerator(cpu=on_apple, log_with=log_with, project_dir=config.run.run_dir if log_with else None)

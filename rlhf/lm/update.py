@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf import losses
+from rlhf.checks import InputError
 from rlhf.kl import kl_estimate
 from rlhf.lm.config import AlgorithmConfig, TrainerConfig
 from rlhf.lm.experience import Experience
@@ -65,7 +66,15 @@ PER_TOKEN = ("ratio/clip_fraction", "ratio/approx_kl", "value/clip_fraction")
 def optimizer_step(
     learner: Learner, experience: Experience, rows: Tensor, config: TrainerConfig, accelerator: Accelerator
 ) -> dict[str, float]:
-    """One optimizer step on these rows of the experience, of which this process computes its share."""
+    """One optimizer step on these rows of the experience, of which this process computes its share.
+
+    Args:
+        rows: [b] indices into the experience, the same on every process.
+    Returns:
+        Metrics: those in PER_TOKEN as sums over the step's tokens, the others as they are; the same on every process.
+    Raises:
+        InputError: a gradient is not finite; nothing was changed.
+    """
     algorithm = config.algorithm
     mask = experience.sequences.action_mask[rows]
     denominator = count(mask, how=algorithm.reduction)
@@ -81,6 +90,7 @@ def optimizer_step(
     sum_gradients([p for group in groups for p in group], accelerator)
     accelerator.unscale_gradients()
     norms = [nn.utils.clip_grad_norm_(group, config.optimization.max_grad_norm) for group in groups]
+    _check_finite(norms, accelerator)
     learner.optimizer.step()
     learner.scheduler.step()
     learner.optimizer.zero_grad()
@@ -94,7 +104,14 @@ def optimizer_step(
 def surrogate_objective(
     roles: Roles, part: Experience, config: TrainerConfig, denominator: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The scalar to minimise on a micro-batch, and its terms: policy, value, entropy and KL."""
+    """The scalar to minimise on a micro-batch: policy loss - entropy bonus + KL + value loss.
+
+    Args:
+        part: b sequences, [b, T] each.
+        denominator: [] `reduce.count` over the whole optimizer step; the micro-batches' results add up.
+    Returns:
+        ([] loss in reward units, its terms and diagnostics [] by metric name).
+    """
     algorithm, temperature = config.algorithm, config.sampling.temperature
     sequences, mask = part.sequences, part.sequences.action_mask
     args = (sequences.sequence_ids, sequences.attention_mask, mask)
@@ -104,7 +121,9 @@ def surrogate_objective(
         return reduce(per_token, mask, how=algorithm.reduction, denominator=denominator, length=length)
 
     shared = roles.critic is not None and roles.critic.trunk is None
-    policy = policy_output(roles.actor, *args, temperature=temperature, with_hidden=shared)
+    policy = policy_output(
+        roles.actor, *args, temperature=temperature, with_entropy=algorithm.entropy_coef > 0, with_hidden=shared
+    )
     surrogate = losses.clipped_surrogate_loss(
         policy.log_probs,
         part.old_log_probs,
@@ -120,7 +139,7 @@ def surrogate_objective(
         "ratio/clip_fraction": masked_sum(surrogate.is_clipped.float(), mask),
         "ratio/approx_kl": masked_sum(old_kl, mask),
     }
-    if algorithm.entropy_coef > 0:
+    if policy.entropy is not None:
         loss = loss - algorithm.entropy_coef * reduced(policy.entropy)
     if algorithm.kl_loss_coef > 0:
         assert part.ref_log_probs is not None
@@ -151,6 +170,16 @@ def sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> N
     summed = accelerator.reduce(torch.cat([g.flatten() for g in gradients]), reduction="sum")
     for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def _check_finite(norms: list[Tensor], accelerator: Accelerator) -> None:
+    """Stop before NaN reaches the weights. With float16 the scaler skips such a step by itself and goes on."""
+    for role, norm in zip(("actor", "critic"), norms, strict=False):
+        if accelerator.scaler is None and not torch.isfinite(norm):
+            raise InputError(
+                f"the {role}'s gradient is not finite (norm {float(norm)}): training has diverged. Lower the learning "
+                "rate or look for infinite rewards; --resume goes on from the last checkpoint"
+            )
 
 
 def _metric_names(algorithm: AlgorithmConfig) -> list[str]:

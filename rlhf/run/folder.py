@@ -1,6 +1,7 @@
 """The run folder: one place for all that a run leaves behind, with the same names in every program."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,10 +103,18 @@ class RunFolder:
 
 
 def check_creatable(path: Path | str) -> None:
-    """Raise RunExistsError if `RunFolder.create` would; makes nothing, so that a program can fail before long work."""
+    """Raise what `RunFolder.create` would; makes nothing, so that a program can fail before long work.
+
+    Raises:
+        RunExistsError: a run, or something that is no folder, is there already.
+        InputError: the folder cannot be written.
+    """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise RunExistsError(f"{path} is a file, not a folder: choose another --run-dir")
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"{path} cannot be written ({nearest} is not writable): choose another --run-dir")
     found = [name for name in _RUN_FILES if (path / name).exists()]
     if found:
         raise RunExistsError(

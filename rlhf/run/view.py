@@ -145,13 +145,16 @@ class LiveView:
 def reporting_errors() -> Iterator[None]:
     """End the program on an InputError (the run folder's errors are some) with one red line and exit code 2.
 
-    For errors that are the user's to mend, where a traceback says nothing; all others pass untouched.
+    Ctrl-C ends it with exit code 130. All other exceptions pass untouched, with their traceback.
     """
     try:
         yield
     except InputError as error:
         Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; the same command with --resume goes on from the last checkpoint")
+        raise SystemExit(130) from None
 
 
 def _duration(seconds: float | None) -> str:
