@@ -73,7 +73,7 @@ def main(args: Args) -> None:
             points = [(row["step"], row["accuracy/sampled"]) for row in rows if "accuracy/sampled" in row]
             label = name if seed == args.seeds[0] else None
             axes.plot(*zip(*points, strict=True), color=f"C{colour}", alpha=0.7, label=label)
-    axes.set(xlabel="step", ylabel="held-out accuracy, sampled", ylim=(0, 1))
+    axes.set(xlabel="step", ylabel="held-out accuracy, sampled", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(args.out / f"{args.variants}.png", dpi=150)
