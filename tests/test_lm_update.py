@@ -210,3 +210,71 @@ Accelerator().end_training()
             torch.testing.assert_close(
                 torch.as_tensor(together[key]), torch.as_tensor(value), rtol=0, atol=1e-10, msg=f"{rank} {key}"
             )
+
+
+def plain_objective(roles: Roles, experience: Experience, config: TrainerConfig) -> torch.Tensor:
+    """The objective written out: every sequence by itself, without padding, token by token."""
+    algorithm, sequences = config.algorithm, experience.sequences
+    totals, lengths = [], []
+    for row in range(len(experience)):
+        used = sequences.attention_mask[row]
+        length = int(sequences.action_mask[row].sum())
+        ids = sequences.sequence_ids[row][used].unsqueeze(0)
+        output = roles.actor(ids, output_hidden_states=True)
+        log_pi = (output.logits[0, -length - 1 : -1] / config.sampling.temperature).log_softmax(-1)
+        log_probs = log_pi.gather(-1, ids[0, -length:, None]).squeeze(-1)
+        advantages, old = experience.advantages[row, :length], experience.old_log_probs[row, :length]
+        ratio = (log_probs - old).exp()
+        bounded = ratio.clamp(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+        loss = -torch.minimum(ratio * advantages, bounded * advantages)
+        loss = loss - algorithm.entropy_coef * -(log_pi.exp() * log_pi).sum(-1)
+        if algorithm.kl_loss_coef > 0:
+            gap = experience.ref_log_probs[row, :length] - log_probs
+            loss = loss + algorithm.kl_loss_coef * (gap.exp() - 1 - gap)
+        if roles.critic is not None:
+            trunk, head = roles.critic.trunk, roles.critic.head
+            every_value = trunk(ids).logits[0, :, 0] if trunk else head(output.hidden_states[-1])[0, :, 0]
+            values, old_values = every_value[-length - 1 : -1], experience.old_values[row, :length]
+            near = old_values + (values - old_values).clamp(-algorithm.value_clip, algorithm.value_clip)
+            errors = torch.stack([values, near]) - experience.returns[row, :length]
+            loss = loss + algorithm.value_coef * 0.5 * errors.square().amax(0)
+        totals.append(loss.sum())
+        lengths.append(length)
+    if algorithm.reduction == "token_mean":
+        return torch.stack(totals).sum() / sum(lengths)
+    if algorithm.reduction == "sequence_mean":
+        return torch.stack([total / length for total, length in zip(totals, lengths, strict=True)]).mean()
+    return torch.stack(totals).mean() / config.sampling.max_new_tokens
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_objective_is_the_one_written_out(name: str) -> None:
+    config = config_for(ALGORITHMS[name])
+    roles = make_roles(config.algorithm)
+    experience = make_experience(roles, config)
+    found = accumulated(roles, experience, config, [torch.arange(12)])
+    for group in roles.parameter_groups():
+        for parameter in group:
+            parameter.grad = None
+    plain_objective(roles, experience, config).backward()
+    for key, gradient in gradients(roles).items():
+        torch.testing.assert_close(found[key], gradient, rtol=0, atol=1e-10, msg=key)
+
+
+def test_every_epoch_has_its_own_order_and_every_minibatch_its_step() -> None:
+    config = config_for(ALGORITHMS["grpo"])
+    roles = make_roles(config.algorithm)
+    accelerator = Accelerator()
+    optimizer = accelerator.prepare_optimizer(torch.optim.SGD(roles.actor.parameters(), lr=0.0))
+    steps: list[int] = []
+    optimizer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    epochs: list[int] = []
+
+    def order(epoch: int) -> torch.Tensor:
+        epochs.append(epoch)
+        return torch.arange(12)
+
+    learner = Learner(roles, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer.optimizer, factor=1.0))
+    update(learner, make_experience(roles, config), config, accelerator, minibatch_order=order)
+    assert epochs == [0, 1]
+    assert len(steps) == 4

@@ -88,10 +88,8 @@ class Sampler:
             torch.cat([mask, completions.action_mask], -1),
             completions.action_mask,
         )
-        texts = [
-            str(self.tokenizer.decode(row[kept], skip_special_tokens=True))
-            for row, kept in zip(completions.token_ids, completions.action_mask, strict=True)
-        ]
+        rows = zip(completions.token_ids.tolist(), completions.action_mask.sum(-1).tolist(), strict=True)
+        texts = [str(self.tokenizer.decode(ids[:length], skip_special_tokens=True)) for ids, length in rows]
         return sequences, completions.sampler_log_probs, completions.is_finished, texts
 
 
