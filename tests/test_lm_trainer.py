@@ -150,16 +150,21 @@ def test_a_killed_run_resumes_bit_for_bit(at_step: int, tmp_path: Path) -> None:
 def test_the_actor_learns_and_the_flipped_sign_unlearns(tmp_path: Path) -> None:
     """A reward that a random model can raise within seconds: the share of digits in what it writes."""
 
-    def last_reward(sign: float) -> float:
+    def rewards(sign: float) -> tuple[float, float]:
+        """Of the first round and of the last three."""
         config = make_config(
             tmp_path / str(sign), optimization={"steps": 15, "prompts_per_step": 16}, run={"checkpoint_every": 0}
         )
         make_trainer(config, reward_functions=[digits_of], reward_weights=[sign]).train()
         rows = [row for row in read_json_lines(tmp_path / str(sign) / "metrics.jsonl") if "reward/mean" in row]
-        return abs(sum(row["reward/mean"] for row in rows[-3:]) / 3)
+        means = [abs(row["reward/mean"]) for row in rows]
+        return means[0], sum(means[-3:]) / 3
 
-    start = 0.75
-    assert last_reward(1.0) > 0.9 > start > 0.5 > last_reward(-1.0)
+    first, learned = rewards(1.0)
+    same_first, unlearned = rewards(-1.0)
+    assert first == same_first
+    assert learned > first + 0.05
+    assert unlearned < first / 4
 
 
 def test_adaptive_coefficient_follows_the_rule(tmp_path: Path) -> None:
