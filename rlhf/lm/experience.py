@@ -100,9 +100,10 @@ def predict(
     for rows in torch.arange(len(sequences), device=sequences.action_mask.device).split(batch_size):
         part = sequences[rows]
         args = (part.sequence_ids, part.attention_mask, part.action_mask)
-        shared = roles.critic is not None and roles.critic.trunk is None
         with autocast():
-            policy = policy_output(roles.actor, *args, temperature=temperature, with_entropy=True, with_hidden=shared)
+            policy = policy_output(
+                roles.actor, *args, temperature=temperature, with_entropy=True, with_hidden=roles.critic_reads_actor
+            )
             found = [policy.log_probs, policy.entropy, None, None]
             if roles.reference is not None:
                 found[2] = policy_output(roles.reference, *args, temperature=temperature).log_probs

@@ -94,6 +94,11 @@ class Roles:
     critic: Critic | None
     reference: PreTrainedModel | None
 
+    @property
+    def critic_reads_actor(self) -> bool:
+        """Whether the critic is a head on the actor's hidden states, which the actor's forward then has to return."""
+        return self.critic is not None and self.critic.trunk is None
+
     def parameter_groups(self) -> list[list[nn.Parameter]]:
         """Trained parameters: the actor's, then the critic's own. Each is clipped and has a learning rate by itself."""
         roles: list[nn.Module | None] = [self.actor, self.critic]

@@ -120,9 +120,12 @@ def surrogate_objective(
         length = config.sampling.max_new_tokens
         return reduce(per_token, mask, how=algorithm.reduction, denominator=denominator, length=length)
 
-    shared = roles.critic is not None and roles.critic.trunk is None
     policy = policy_output(
-        roles.actor, *args, temperature=temperature, with_entropy=algorithm.entropy_coef > 0, with_hidden=shared
+        roles.actor,
+        *args,
+        temperature=temperature,
+        with_entropy=algorithm.entropy_coef > 0,
+        with_hidden=roles.critic_reads_actor,
     )
     surrogate = losses.clipped_surrogate_loss(
         policy.log_probs,

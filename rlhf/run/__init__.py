@@ -1,17 +1,11 @@
 """What every training program needs, tokens or pixels: run folder, metrics, checkpoints, live view, plots."""
 
-from rlhf.run.checkpoint import (
-    CheckpointError,
-    latest_checkpoint,
-    load_state,
-    rng_state,
-    save_checkpoint,
-    save_state,
-    set_rng_state,
-)
+from rlhf.run.checkpoint import latest_checkpoint, save_checkpoint
 from rlhf.run.folder import RunExistsError, RunFolder, RunNotFoundError, check_creatable
 from rlhf.run.metrics import JsonLines, MetricsLog, read_json_lines, truncate_after, without_timings
 from rlhf.run.plots import Panel, plot_metrics
+from rlhf.run.rng import rng_state, set_rng_state
+from rlhf.run.state import CheckpointError, load_state, save_state
 from rlhf.run.view import LiveView, reporting_errors
 
 __all__ = [

@@ -11,18 +11,7 @@ from pathlib import Path
 
 from rlhf.checks import check_range
 from rlhf.run.atomic import flush_to_disk
-from rlhf.run.rng import rng_state, set_rng_state
-from rlhf.run.state import CheckpointError, load_state, save_state
-
-__all__ = [
-    "CheckpointError",
-    "latest_checkpoint",
-    "load_state",
-    "rng_state",
-    "save_checkpoint",
-    "save_state",
-    "set_rng_state",
-]
+from rlhf.run.state import save_state
 
 _NAME = re.compile(r"step-(\d{6,})")
 _TMP = ".tmp"
