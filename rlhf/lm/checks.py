@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from transformers import PreTrainedModel
 
 from rlhf.checks import InputError
@@ -13,7 +12,6 @@ from rlhf.lm.config import SamplingConfig, TrainerConfig
 from rlhf.lm.rewards import RewardFunction, score
 from rlhf.lm.rollout import PromptSet
 from rlhf.lm.tasks import Task
-from rlhf.run import RunFolder, latest_checkpoint
 
 ON_CPU = "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ..."
 
@@ -24,20 +22,6 @@ MAY_CHANGE = {"run_dir", "eval_every", "eval_prompts", "checkpoint_every", "keep
     "generation_batch_size",
     "micro_batch_size",
 }
-
-
-def check_tracker(name: str | None) -> None:
-    """accelerate knows the tracker and its package is installed.
-
-    Raises:
-        InputError: it does not or is not.
-    """
-    installed = [tracker.value for tracker in get_available_trackers()]
-    if name is not None and name not in installed:
-        raise InputError(
-            f"--log-with {name}: not installed here; there are {installed or 'none'}. Install its package "
-            "(tensorboard, wandb, ...), or leave the option out: metrics.jsonl is written in any case"
-        )
 
 
 def check_processes(config: TrainerConfig, accelerator: Accelerator) -> None:
@@ -106,29 +90,4 @@ def check_context(actor: PreTrainedModel, train: PromptSet, held_out: PromptSet,
         raise InputError(
             f"the longest prompt has {longest} tokens and max_new_tokens is {sampling.max_new_tokens}, together more "
             f"than the model's {limit} positions: pass --max-new-tokens {limit - longest} or less"
-        )
-
-
-def check_resumable(folder: RunFolder, config: TrainerConfig) -> None:
-    """The folder holds a run that was started with the same config, MAY_CHANGE apart, and it has a checkpoint.
-
-    Raises:
-        InputError: it does not, it was not, naming every difference, or it has none.
-    """
-    old, new = RunFolder.open(folder.path).config(), config.as_dict()
-    differences = [
-        f"{name} was {old.get(topic, {}).get(name)!r}, is now {value!r}"
-        for topic, fields in new.items()
-        for name, value in fields.items()
-        if old.get(topic, {}).get(name) != value and name not in MAY_CHANGE
-    ]
-    if differences:
-        raise InputError(
-            f"--resume continues the run in {folder.path} as it was started, but {'; '.join(differences)}: give the "
-            "same options, or start a new run in another --run-dir"
-        )
-    if latest_checkpoint(folder.checkpoints) is None:
-        raise InputError(
-            f"{folder.path} has no complete checkpoint to resume from (checkpoint_every = "
-            f"{config.run.checkpoint_every}): start again in another --run-dir, or remove this one"
         )

@@ -9,10 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 from rlhf.lm.experience import Sequences
 from rlhf.lm.rewards import Row
-from rlhf.lm.seeding import generator_for
 from rlhf.lm.sft import fine_tune
 from rlhf.lm.tasks import Task, pad_left
 from rlhf.run import LiveView
+from rlhf.run.seeding import generator_for
 
 PAD, EOS = "<pad>", "<eos>"
 

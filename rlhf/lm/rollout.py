@@ -14,8 +14,8 @@ from rlhf.lm.experience import Predictions, Sequences, predict
 from rlhf.lm.generation import Engine
 from rlhf.lm.models import Roles
 from rlhf.lm.rewards import RewardFunction, Row, Scores, score
-from rlhf.lm.seeding import draw_seeds, generator_for
 from rlhf.lm.tasks import Task, pad_left, tokenize_prompts
+from rlhf.run.seeding import draw_seeds, generator_for
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.checks import InputError, brief, check_range
 from rlhf.lm.rewards import RewardFunction, Row, exact_answer, math_answer
-from rlhf.lm.seeding import generator_for
+from rlhf.run.seeding import generator_for
 
 TASKS = ("arithmetic", "gsm8k")
 

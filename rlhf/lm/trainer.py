@@ -12,7 +12,7 @@ from accelerate.utils import broadcast, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from rlhf.kl import adapt_kl_coef_proportionally
-from rlhf.lm.checks import check_context, check_processes, check_resumable, check_rewards, check_tracker
+from rlhf.lm.checks import MAY_CHANGE, check_context, check_processes, check_rewards
 from rlhf.lm.config import TrainerConfig
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
 from rlhf.lm.generation import Engine, TransformersEngine
@@ -20,7 +20,6 @@ from rlhf.lm.models import assemble_roles, end_token_ids, load_actor
 from rlhf.lm.report import LIVE_COLUMNS, collection_metrics, draw_plots, sample_rows
 from rlhf.lm.rewards import RewardFunction, RewardModel
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
-from rlhf.lm.seeding import draw_seeds, generator_for
 from rlhf.lm.tasks import Task
 from rlhf.lm.update import Learner, update
 from rlhf.run import (
@@ -29,7 +28,10 @@ from rlhf.run import (
     MetricsLog,
     RunFolder,
     check_creatable,
-    latest_checkpoint,
+    check_resumable,
+    check_tracker,
+    draw_seeds,
+    generator_for,
     load_state,
     rng_state,
     save_checkpoint,
@@ -86,7 +88,7 @@ class Trainer:
         )
         self.folder = RunFolder(run.run_dir)
         if run.resume:
-            check_resumable(self.folder, config)
+            self._checkpoint = check_resumable(self.folder, config.as_dict(), may_change=MAY_CHANGE)
         else:
             check_creatable(run.run_dir)
         self._build_models(make_actor, make_engine)
@@ -307,9 +309,7 @@ class Trainer:
         }
 
     def _restore(self) -> None:
-        path = latest_checkpoint(self.folder.checkpoints)
-        assert path is not None  # check_resumable saw it
-        state = load_state(path)
+        state = load_state(self._checkpoint)
         self.step, self.tokens, self.kl_coef = state["step"], state["tokens"], state["kl_coef"]
         self.first_evaluation = state["first_evaluation"]
         self.roles.actor.load_state_dict(state["actor"])

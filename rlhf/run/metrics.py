@@ -96,6 +96,22 @@ class MetricsLog:
         self.close()
 
 
+def check_tracker(name: str | None) -> None:
+    """accelerate knows the tracker and its package is installed.
+
+    Raises:
+        InputError: it does not or is not.
+    """
+    from accelerate.tracking import get_available_trackers  # slow to load, and only trackers need it
+
+    installed = [tracker.value for tracker in get_available_trackers()]
+    if name is not None and name not in installed:
+        raise InputError(
+            f"--log-with {name}: not installed here; there are {installed or 'none'}. Install its package "
+            "(tensorboard, wandb, ...), or leave the option out: metrics.jsonl is written in any case"
+        )
+
+
 def read_json_lines(path: Path | str) -> list[dict[str, Any]]:
     """All rows of a file, less a torn last line.
 

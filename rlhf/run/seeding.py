@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-Purpose = Literal["problems", "prompts", "completions", "minibatches", "evaluation", "demonstrations"]
+Purpose = Literal["problems", "prompts", "completions", "minibatches", "evaluation", "demonstrations", "actions"]
 
 
 def generator_for(seed: int, purpose: Purpose, *indices: int) -> torch.Generator:

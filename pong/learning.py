@@ -1,0 +1,177 @@
+"""From a rollout to better weights: the core's estimators and losses, put together as the config says."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pong.config import AlgorithmConfig
+from pong.network import ActorCritic
+from pong.rollout import Rollout
+from rlhf.advantages import episode_returns, gae, monte_carlo_returns, td0_returns
+from rlhf.kl import adapt_kl_coef_by_doubling, kl_estimate
+from rlhf.losses import (
+    categorical_entropy,
+    clipped_surrogate_loss,
+    kl_penalized_surrogate_loss,
+    reinforce_loss,
+    value_loss,
+)
+from rlhf.masking import masked_var, masked_whiten
+from rlhf.reduce import token_mean
+
+
+class Targets(NamedTuple):
+    """What each step of a rollout is worth, all [N, T]."""
+
+    advantages: Tensor  # f32, whitened if the config says so
+    returns: Tensor  # f32, what the critic learns
+    action_mask: Tensor  # bool: False where no return is known yet
+
+
+def estimate(rollout: Rollout, algorithm: AlgorithmConfig, *, reward_ends_credit: bool) -> Targets:
+    """Advantages and returns by the config's estimator.
+
+    Args:
+        reward_ends_credit: credit is not carried back over a reward, as if the episode had ended there.
+    """
+    terminated, truncated = rollout.terminated, rollout.truncated
+    if reward_ends_credit:
+        terminated = terminated | (rollout.rewards != 0)
+    mask = torch.ones_like(terminated)
+    values, bootstrap = rollout.values, rollout.bootstrap_values
+    if not algorithm.baseline:
+        values, bootstrap = torch.zeros_like(values), torch.zeros_like(bootstrap)
+        limit = truncated.clone()
+        limit[:, -1] = False  # of the rollout, not of an episode: what comes after is not known
+        mask = (terminated | limit).flip(-1).cummax(-1).values.flip(-1)
+    ends: dict[str, Any] = {"terminated": terminated, "truncated": truncated, "bootstrap_values": bootstrap}
+    ends["gamma"] = algorithm.gamma
+    if algorithm.advantage == "gae":
+        advantages, returns = gae(rollout.rewards, values, mask, gae_lambda=algorithm.gae_lambda, **ends)
+    elif algorithm.advantage == "td":
+        returns = td0_returns(rollout.rewards, values, mask, **ends)
+        advantages = returns - values
+    else:
+        returns = monte_carlo_returns(rollout.rewards, mask, **ends)
+        whole = returns if algorithm.advantage == "mc" else episode_returns(rollout.rewards, mask, **ends)
+        advantages = whole - values
+    if algorithm.normalize_advantages:
+        advantages = masked_whiten(advantages, mask)
+    return Targets(advantages, returns, mask)
+
+
+class Learner:
+    """Holds the optimizer and what else changes from update to update: the KL coefficient.
+
+    Args:
+        network: trained in place.
+        algorithm: losses and coefficients.
+        epochs, minibatch_size: passes over a rollout, and steps per optimizer step.
+        adam_epsilon, max_grad_norm: of Adam; of all gradients together.
+        precision: of convolutions and matrix products.
+    """
+
+    def __init__(
+        self,
+        network: ActorCritic,
+        algorithm: AlgorithmConfig,
+        *,
+        epochs: int,
+        minibatch_size: int,
+        adam_epsilon: float,
+        max_grad_norm: float,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        self.network, self.algorithm, self.precision = network, algorithm, precision
+        self.epochs, self.minibatch_size, self.max_grad_norm = epochs, minibatch_size, max_grad_norm
+        self.optimizer = torch.optim.Adam(network.parameters(), eps=adam_epsilon, fused=True)
+        self.kl_coef = algorithm.kl_coef
+
+    def update(
+        self,
+        rollout: Rollout,
+        targets: Targets,
+        *,
+        learning_rate: float,
+        entropy_coef: float,
+        generator: torch.Generator,
+    ) -> dict[str, float]:
+        """All epochs over one rollout. Returns means over the last epoch, and what the critic explained before.
+
+        Args:
+            generator: of the minibatches; on the CPU, so that every device draws the same.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        count, steps = rollout.actions.shape
+        total = count * steps
+        sums: dict[str, Tensor] = {}
+        for epoch in range(self.epochs):
+            order = torch.randperm(total, generator=generator).to(rollout.actions.device)
+            for chosen in order.split(self.minibatch_size):
+                found = self._optimizer_step(rollout, targets, chosen, entropy_coef)
+                if epoch == self.epochs - 1:
+                    sums = {name: sums.get(name, 0) + value * (len(chosen) / total) for name, value in found.items()}
+        metrics = {name: float(value) for name, value in sums.items()}
+        if self.algorithm.loss == "kl":
+            metrics["kl_coef"] = self.kl_coef
+            self.kl_coef = adapt_kl_coef_by_doubling(
+                self.kl_coef, metrics["policy/kl"], target_kl=self.algorithm.kl_target
+            )
+        if self.algorithm.baseline:
+            metrics["critic/explained_variance"] = explained_variance(rollout.values, targets)
+        return metrics
+
+    def _optimizer_step(
+        self, rollout: Rollout, targets: Targets, chosen: Tensor, entropy_coef: float
+    ) -> dict[str, Tensor]:
+        """One minibatch: `chosen` [B] are positions in the flattened [N, T]."""
+        algorithm = self.algorithm
+        steps = rollout.actions.shape[1]
+        envs, times = chosen // steps, chosen % steps
+        mask = targets.action_mask[envs, times]
+        denominator = mask.sum()
+        old_log_probs, advantages = rollout.log_probs[envs, times], targets.advantages[envs, times]
+        stacks = rollout.history.stacks(times, envs)
+        with torch.autocast(stacks.device.type, self.precision, enabled=self.precision != torch.float32):
+            logits, values = self.network(stacks)
+        log_probs = logits.log_softmax(-1).gather(-1, rollout.actions[envs, times].unsqueeze(-1)).squeeze(-1)
+
+        is_clipped = torch.zeros_like(mask)
+        if algorithm.loss == "clip":
+            clip = algorithm.clip
+            policy_loss, _, is_clipped = clipped_surrogate_loss(
+                log_probs, old_log_probs, advantages, mask, clip_low=clip, clip_high=clip
+            )
+        elif algorithm.loss == "kl":
+            policy_loss = kl_penalized_surrogate_loss(
+                log_probs, old_log_probs, advantages, mask, kl_coef=self.kl_coef
+            ).loss
+        else:
+            policy_loss = reinforce_loss(log_probs, advantages, mask)
+        entropy = categorical_entropy(logits, mask)
+        per_step = policy_loss - entropy_coef * entropy
+        if algorithm.baseline:
+            critic_loss = value_loss(values, targets.returns[envs, times], mask).loss
+            per_step = per_step + algorithm.value_coef * critic_loss
+
+        self.optimizer.zero_grad()
+        token_mean(per_step, mask, denominator=denominator).backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        with torch.no_grad():
+            kl = kl_estimate(old_log_probs, log_probs, mask, estimator="k3")
+            found = {"policy/loss": policy_loss, "policy/entropy": entropy, "policy/kl": kl}
+            found["policy/clip_fraction"] = is_clipped.float()
+            if algorithm.baseline:
+                found["critic/loss"] = critic_loss
+            means = {name: token_mean(x.detach(), mask, denominator=denominator) for name, x in found.items()}
+        return means | {"grad_norm": grad_norm.detach()}
+
+
+def explained_variance(values: Tensor, targets: Targets) -> float:
+    """1 - Var(returns - values) / Var(returns) over the action mask; 0 where the returns do not vary."""
+    variance = masked_var(targets.returns, targets.action_mask)
+    error = masked_var(targets.returns - values, targets.action_mask)
+    return float(torch.where(variance > 0, 1 - error / variance, 0.0))

@@ -1,0 +1,57 @@
+"""Actor and critic on one trunk of convolutions."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pong.config import NetworkConfig
+from rlhf.checks import InputError
+
+
+class ActorCritic(nn.Module):
+    """Frames to action logits and a value, by the classic Atari trunk: convolutions, one hidden layer, two heads.
+
+    Args:
+        config: widths.
+        stack: frames of an observation.
+        frame_shape: (rows, columns).
+        actions: how many the agent chooses from.
+    Raises:
+        InputError: the frame is too small for the convolutions.
+    """
+
+    background: Tensor  # f32 [1, 1, rows, columns], grey levels; subtracted from every frame
+
+    def __init__(self, config: NetworkConfig, *, stack: int, frame_shape: tuple[int, int], actions: int) -> None:
+        super().__init__()
+        rows, columns = frame_shape
+        layers: list[nn.Module] = []
+        channels = stack
+        for width, kernel, stride in zip(config.channels, config.kernels, config.strides, strict=True):
+            rows, columns = (rows - kernel[0]) // stride + 1, (columns - kernel[1]) // stride + 1
+            if rows < 1 or columns < 1:
+                raise InputError(
+                    f"frames of {frame_shape} are too small for kernels {config.kernels} with strides "
+                    f"{config.strides}: use larger frames or fewer convolutions"
+                )
+            layers += [nn.Conv2d(channels, width, kernel, stride), nn.ReLU()]
+            channels = width
+        layers += [nn.Flatten(), nn.Linear(channels * rows * columns, config.hidden), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers)
+        self.policy = nn.Linear(config.hidden, actions)
+        self.value = nn.Linear(config.hidden, 1)
+        gains: dict[nn.Module, float] = {self.policy: 0.01, self.value: 1.0}
+        for layer in (*self.trunk, self.policy, self.value):
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)
+        self.register_buffer("background", torch.zeros(1, 1, *frame_shape))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, stacks: Tensor) -> tuple[Tensor, Tensor]:
+        """stacks: u8 [B, stack, rows, columns], newest last. Returns logits f32 [B, actions], values f32 [B]."""
+        x = (stacks.to(torch.float32) - self.background) / 255
+        hidden = self.trunk(x.contiguous(memory_format=torch.channels_last))
+        return self.policy(hidden).float(), self.value(hidden).float().squeeze(-1)

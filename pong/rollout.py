@@ -1,0 +1,236 @@
+"""Collecting experience: the agent chooses for half of the environments while the other half emulate."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pong.env import AtariEnvs, Frames
+from pong.network import ActorCritic
+
+
+class Rollout(NamedTuple):
+    """T steps of N environments. Frames are kept once; `FrameHistory.stacks` builds observations from them."""
+
+    history: "FrameHistory"
+    actions: Tensor  # int64 [N, T]
+    log_probs: Tensor  # f32 [N, T] of those actions, by the policy that chose them
+    values: Tensor  # f32 [N, T]
+    rewards: Tensor  # f32 [N, T], clipped to [-1, 1]
+    terminated: Tensor  # bool [N, T]
+    truncated: Tensor  # bool [N, T]: by the frame limit, and where the rollout ends
+    bootstrap_values: Tensor  # f32 [N, T]: value of the state after a truncated step, elsewhere 0
+    episodes: list["Episode"]  # that ended, in order
+
+
+class Episode(NamedTuple):
+    """env: which environment's; score: the game's own; steps: the agent's."""
+
+    env: int
+    score: float
+    steps: int
+
+
+class FrameHistory:
+    """The single frames of a rollout, and the observations (stacks) as indices into them.
+
+    Slot k holds the frame before step k - (stack - 1): the first stack - 1 slots are what went before the rollout.
+    An observation does not reach back beyond its episode's first frame, which is repeated instead.
+
+    Args:
+        steps: T.
+        envs: N.
+        stack: frames per observation.
+        frame_shape: (rows, columns).
+    """
+
+    def __init__(
+        self, *, steps: int, envs: int, stack: int, frame_shape: tuple[int, int], device: torch.device | str
+    ) -> None:
+        self.stack = stack
+        self.frames = torch.zeros(steps + stack, envs, *frame_shape, dtype=torch.uint8, device=device)
+        self.age = torch.zeros(steps + 1, envs, dtype=torch.int64, device=device)  # frames of the episode before this
+        self._back = torch.arange(stack - 1, -1, -1, device=device)
+
+    def put(self, step: int, envs: slice, frames: np.ndarray, age: np.ndarray) -> None:
+        """The frames that these environments show before `step`, and how many of their episode came before."""
+        self.frames[step + self.stack - 1, envs].copy_(torch.from_numpy(frames), non_blocking=True)
+        self.age[step, envs].copy_(torch.from_numpy(age), non_blocking=True)
+
+    def start_over(self) -> None:
+        """The last frames become what went before the next rollout; its step 0 is this one's end."""
+        self.frames[: self.stack] = self.frames[-self.stack :].clone()
+        self.age[0] = self.age[-1]
+
+    def stacks(self, steps: Tensor, envs: Tensor) -> Tensor:
+        """Observations before these steps of these environments, [B] int64 each: u8 [B, stack, rows, columns]."""
+        back = torch.minimum(self._back, self.age[steps, envs].unsqueeze(1))
+        slots = (steps + self.stack - 1).unsqueeze(1) - back
+        return self._gather(slots, envs.unsqueeze(1))
+
+    def final_stack(self, step: int, env: int, frame: np.ndarray) -> Tensor:
+        """The observation that an episode ended with: `frame` after the one before `step`, u8 [1, stack, ...]."""
+        last = torch.from_numpy(frame).to(self.frames.device)
+        where = torch.tensor([step], device=self.frames.device), torch.tensor([env], device=self.frames.device)
+        return torch.cat([self.stacks(*where)[:, 1:], last[None, None]], dim=1)
+
+    def _gather(self, slots: Tensor, envs: Tensor) -> Tensor:
+        flat = self.frames.flatten(0, 1)
+        index = slots * self.frames.shape[1] + envs
+        return flat.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+@dataclass
+class _Group:
+    """One of the two halves, and the episodes that its environments are in."""
+
+    envs: AtariEnvs
+    place: slice  # among all environments
+    score: np.ndarray = field(init=False)
+    steps: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.score = np.zeros(self.envs.count)
+        self.steps = np.zeros(self.envs.count, dtype=np.int64)
+
+    def advance(self, result: Frames) -> list[Episode]:
+        """Count the step; the episodes that it ended."""
+        self.score += result.rewards
+        self.steps += 1
+        ended = np.flatnonzero(result.terminated | result.truncated)
+        episodes = [Episode(self.place.start + int(i), float(self.score[i]), int(self.steps[i])) for i in ended]
+        self.score[ended] = 0
+        self.steps[ended] = 0
+        return episodes
+
+
+class Collector:
+    """Steps groups of environments in turn with the current policy, and keeps what they answer.
+
+    Args:
+        groups: of environments, in order; usually two halves, so that one emulates while the other is thought about.
+        network: chooses.
+        steps: T, per environment and rollout.
+        stack: frames of an observation.
+    """
+
+    def __init__(self, groups: Sequence[AtariEnvs], network: ActorCritic, *, steps: int, stack: int) -> None:
+        self.network, self.steps = network, steps
+        self.device = network.background.device
+        ends = np.cumsum([group.count for group in groups]).tolist()
+        self._groups = [_Group(g, slice(end - g.count, end)) for g, end in zip(groups, ends, strict=True)]
+        self.count = ends[-1]
+        self.actions = len(groups[0].action_names)
+        rows, columns = network.background.shape[-2:]
+        self.history = FrameHistory(
+            steps=steps, envs=self.count, stack=stack, frame_shape=(rows, columns), device=self.device
+        )
+
+    def reset(self) -> None:
+        """Start every environment's first episode."""
+        for group in self._groups:
+            self.history.put(self.steps, group.place, group.envs.reset(), group.steps)
+
+    @torch.inference_mode()
+    def collect(self, generator: torch.Generator | None) -> Rollout:
+        """T steps of every environment, from where the last rollout ended.
+
+        Args:
+            generator: of the actions; on the CPU, so that every device draws the same. None: the likeliest ones.
+        """
+        shape, device = (self.steps, self.count), self.device
+        self.history.start_over()
+        actions = torch.zeros(shape, dtype=torch.int64, device=device)
+        values = torch.zeros(shape, device=device)
+        log_probs = torch.zeros(shape, device=device)
+        bootstrap = torch.zeros(shape, device=device)
+        rewards = np.zeros(shape, dtype=np.float32)
+        terminated, truncated = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+        episodes: list[Episode] = []
+        # argmax(p / e), e ~ Exp(1), is a draw from p: the noise of a whole rollout in one call.
+        noise = torch.ones(*shape, self.actions, device=device)
+        if generator is not None:
+            noise = torch.empty(*shape, self.actions).exponential_(generator=generator).to(device)
+        columns = torch.arange(self.count, device=device)
+
+        def receive(group: _Group, step: int) -> None:
+            """The answer to the actions of `step`."""
+            result = group.envs.recv()
+            at = (step, group.place)
+            rewards[at], terminated[at], truncated[at] = result.rewards, result.terminated, result.truncated
+            for env in np.flatnonzero(result.truncated):
+                index = group.place.start + int(env)
+                stack = self.history.final_stack(step, index, result.final_frames[int(env)])
+                bootstrap[step, index] = self.network(stack)[1][0]
+            episodes.extend(group.advance(result))
+            self.history.put(step + 1, group.place, result.frames, np.minimum(group.steps, self.history.stack))
+
+        for step in range(self.steps):
+            for group in self._groups:
+                if step > 0:
+                    receive(group, step - 1)
+                envs = columns[group.place]
+                logits, value = self.network(self.history.stacks(torch.full_like(envs, step), envs))
+                log_p = logits.log_softmax(-1)
+                action = (log_p.exp() / noise[step, group.place]).argmax(-1, keepdim=True)
+                group.envs.send(action.squeeze(-1).cpu().numpy())
+                at = (step, group.place)
+                actions[at], log_probs[at], values[at] = action.squeeze(-1), log_p.gather(-1, action).squeeze(-1), value
+        for group in self._groups:
+            receive(group, self.steps - 1)
+
+        edge = self.network(self.history.stacks(torch.full_like(columns, self.steps), columns))[1]
+        over = torch.from_numpy(terminated | truncated).to(device)
+        bootstrap[-1] = torch.where(over[-1], bootstrap[-1], edge)
+        truncated[-1] |= ~terminated[-1]
+        return Rollout(
+            self.history,
+            actions.T,
+            log_probs.T,
+            values.T,
+            torch.from_numpy(rewards).to(device).clamp(-1, 1).T,
+            torch.from_numpy(terminated).to(device).T,
+            torch.from_numpy(truncated).to(device).T,
+            bootstrap.T,
+            episodes,
+        )
+
+    def measure_background(self, steps: int, generator: torch.Generator) -> Tensor:
+        """Each pixel's median over `steps` random steps of every environment: f32 [1, 1, rows, columns]."""
+        seen = []
+        for step in range(steps):
+            for group in self._groups:
+                group.envs.send(torch.randint(self.actions, (group.envs.count,), generator=generator).numpy())
+            for group in self._groups:
+                result = group.envs.recv()
+                group.advance(result)
+                seen.append(torch.from_numpy(result.frames.copy()))
+                if step == steps - 1:
+                    age = np.zeros_like(group.steps)  # the frames before were not kept
+                    self.history.put(self.steps, group.place, result.frames, age)
+        return torch.cat(seen).median(0).values.float()[None, None]
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next rollout depends on, but for network and generator."""
+        groups = [
+            {"envs": g.envs.state(), "score": torch.from_numpy(g.score), "steps": torch.from_numpy(g.steps)}
+            for g in self._groups
+        ]
+        stack = self.history.stack
+        return {"groups": groups, "frames": self.history.frames[-stack:], "age": self.history.age[-1]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state()`; replays each emulator's steps since its last seed."""
+        for group, saved in zip(self._groups, state["groups"], strict=True):
+            group.envs.restore(saved["envs"])
+            group.score, group.steps = saved["score"].numpy().copy(), saved["steps"].numpy().copy()
+        self.history.frames[-self.history.stack :] = state["frames"].to(self.device)
+        self.history.age[-1] = state["age"].to(self.device)
+
+    def close(self) -> None:
+        """Stop the emulators."""
+        for group in self._groups:
+            group.envs.close()
