@@ -88,6 +88,19 @@ class Learner:
         self.optimizer = torch.optim.Adam(network.parameters(), eps=adam_epsilon, fused=True)
         self.kl_coef = algorithm.kl_coef
 
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, as `rlhf.run.save_state` can save it."""
+        return {"optimizer": self.optimizer.state_dict(), "kl_coef": self.kl_coef}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from `state()`."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.kl_coef = state["kl_coef"]
+        # The fused optimizer walks through memory: its moments must lie as the weights do, which a file does not keep.
+        for weight, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(weight).copy_(moments[name])
+
     def update(
         self,
         rollout: Rollout,

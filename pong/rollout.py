@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pong.env import AtariEnvs, Frames
+from pong.env import Frames
 from pong.network import ActorCritic
 
 
@@ -24,6 +24,20 @@ class Rollout(NamedTuple):
     truncated: Tensor  # bool [N, T]: by the frame limit, and where the rollout ends
     bootstrap_values: Tensor  # f32 [N, T]: value of the state after a truncated step, elsewhere 0
     episodes: list["Episode"]  # that ended, in order
+
+
+class Envs(Protocol):
+    """What the collector needs of environments; `pong.env.AtariEnvs` says what each does."""
+
+    count: int
+    action_names: list[str]
+
+    def reset(self) -> np.ndarray: ...
+    def send(self, actions: np.ndarray) -> None: ...
+    def recv(self) -> Frames: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
 
 
 class Episode(NamedTuple):
@@ -87,7 +101,7 @@ class FrameHistory:
 class _Group:
     """One of the two halves, and the episodes that its environments are in."""
 
-    envs: AtariEnvs
+    envs: Envs
     place: slice  # among all environments
     score: np.ndarray = field(init=False)
     steps: np.ndarray = field(init=False)
@@ -117,7 +131,7 @@ class Collector:
         stack: frames of an observation.
     """
 
-    def __init__(self, groups: Sequence[AtariEnvs], network: ActorCritic, *, steps: int, stack: int) -> None:
+    def __init__(self, groups: Sequence[Envs], network: ActorCritic, *, steps: int, stack: int) -> None:
         self.network, self.steps = network, steps
         self.device = network.background.device
         ends = np.cumsum([group.count for group in groups]).tolist()

@@ -219,8 +219,7 @@ class PongTrainer:
             self.steps,
             {
                 "network": dict(self.network.state_dict()),
-                "optimizer": self.learner.optimizer.state_dict(),
-                "kl_coef": self.learner.kl_coef,
+                "learner": self.learner.state(),
                 "collector": self.collector.state(),
                 "rollouts": self.rollouts,
                 "episodes": self.episodes,
@@ -232,8 +231,7 @@ class PongTrainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
-        self.learner.optimizer.load_state_dict(state["optimizer"])
-        self.learner.kl_coef = state["kl_coef"]
+        self.learner.restore(state["learner"])
         self.rollouts, self.episodes, self.elapsed = state["rollouts"], state["episodes"], state["elapsed"]
         self.recent.extend(state["recent"])
         print(f"resuming at step {self.steps:,}: playing the emulators to where they were")

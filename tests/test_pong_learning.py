@@ -1,0 +1,229 @@
+"""How a rollout becomes an update: each option calls the core's function of that name, and nothing else."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from pong_toys import Clockwork
+from torch import Tensor
+
+from pong.config import AlgorithmConfig, NetworkConfig
+from pong.learning import Learner, Targets, estimate, explained_variance
+from pong.network import ActorCritic
+from pong.rollout import Collector, FrameHistory, Rollout
+from rlhf.advantages import episode_returns, gae, monte_carlo_returns, td0_returns
+from rlhf.masking import masked_whiten
+
+GAMMA, LAMBDA = 0.9, 0.8
+
+
+def rollout_of(rewards: list[list[float]], *, terminated=(), truncated=(), seed: int = 0) -> Rollout:
+    """Random values and two-pixel frames; ends as (env, step) pairs, and the rollout's own end."""
+    reward = torch.tensor(rewards)
+    generator = torch.Generator().manual_seed(seed)
+    count, steps = reward.shape
+    flags = []
+    for places in (terminated, truncated):
+        flag = torch.zeros(count, steps, dtype=torch.bool)
+        for place in places:
+            flag[place] = True
+        flags.append(flag)
+    flags[1][:, -1] |= ~flags[0][:, -1]
+    history = FrameHistory(steps=steps, envs=count, stack=2, frame_shape=(8, 8), device="cpu")
+    history.frames.random_(0, 256, generator=generator)
+    return Rollout(
+        history,
+        actions=torch.randint(3, (count, steps), generator=generator),
+        log_probs=torch.randn(count, steps, generator=generator).clamp(max=-0.1),
+        values=torch.randn(count, steps, generator=generator),
+        rewards=reward,
+        terminated=flags[0],
+        truncated=flags[1],
+        bootstrap_values=torch.randn(count, steps, generator=generator),
+        episodes=[],
+    )
+
+
+REWARDS = [[0.0, 1.0, 0.0, 0.0, -1.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
+
+
+def plain(advantage: str, **options) -> AlgorithmConfig:
+    return AlgorithmConfig(
+        advantage=advantage,
+        gamma=GAMMA,
+        gae_lambda=LAMBDA,
+        normalize_advantages=False,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("advantage", ["episode", "mc", "td", "gae"])
+def test_estimators_are_the_cores(advantage: str) -> None:
+    rollout = rollout_of(REWARDS, terminated=[(0, 2)], truncated=[(1, 3)])
+    ends = {
+        "terminated": rollout.terminated,
+        "truncated": rollout.truncated,
+        "bootstrap_values": rollout.bootstrap_values,
+        "gamma": GAMMA,
+    }
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    expected = {
+        "episode": lambda: episode_returns(rollout.rewards, mask, **ends) - rollout.values,
+        "mc": lambda: monte_carlo_returns(rollout.rewards, mask, **ends) - rollout.values,
+        "td": lambda: td0_returns(rollout.rewards, rollout.values, mask, **ends) - rollout.values,
+        "gae": lambda: gae(rollout.rewards, rollout.values, mask, gae_lambda=LAMBDA, **ends).advantages,
+    }[advantage]()
+    targets = estimate(rollout, plain(advantage), reward_ends_credit=False)
+    assert torch.equal(targets.advantages, expected)
+    assert targets.action_mask.all()
+    whitened = estimate(
+        rollout, dataclasses.replace(plain(advantage), normalize_advantages=True), reward_ends_credit=False
+    )
+    assert torch.equal(whitened.advantages, masked_whiten(expected, mask))
+    assert torch.equal(whitened.returns, targets.returns)
+
+
+def test_a_reward_ends_the_credit_if_asked() -> None:
+    """Nothing after a point, neither rewards nor values, reaches what came before it."""
+    rollout = rollout_of(REWARDS)
+    changed = rollout._replace(
+        rewards=rollout.rewards.clone(), values=rollout.values.clone(), bootstrap_values=rollout.bootstrap_values + 5
+    )
+    changed.rewards[0, 4] = 1.0
+    changed.values[0, 2:] = 7.0
+    for advantage in ("mc", "td", "gae"):
+        before, after = (estimate(x, plain(advantage), reward_ends_credit=True).returns for x in (rollout, changed))
+        assert torch.equal(before[0, :2], after[0, :2])
+        before, after = (estimate(x, plain(advantage), reward_ends_credit=False).returns for x in (rollout, changed))
+        assert not torch.equal(before[0, :2], after[0, :2])
+
+
+def test_without_a_baseline_steps_whose_return_is_not_known_are_left_out() -> None:
+    rollout = rollout_of(REWARDS)
+    targets = estimate(rollout, plain("mc", baseline=False), reward_ends_credit=True)
+    assert targets.action_mask.tolist() == [[True] * 5 + [False], [False] * 6]
+    expected = torch.tensor([0.9, 1.0, -0.81, -0.9, -1.0, 0.0])
+    torch.testing.assert_close(targets.advantages[0], expected)
+
+
+def network(actions: int = 3, *, seed: int = 0) -> ActorCritic:
+    torch.manual_seed(seed)
+    config = NetworkConfig(channels=(4,), kernels=((3, 3),), strides=(2,), hidden=16)
+    return ActorCritic(config, stack=2, frame_shape=(8, 8), actions=actions)
+
+
+def learner(net: ActorCritic, algorithm: AlgorithmConfig, *, epochs: int = 1, minibatch_size: int = 12) -> Learner:
+    return Learner(net, algorithm, epochs=epochs, minibatch_size=minibatch_size, adam_epsilon=1e-5, max_grad_norm=1e9)
+
+
+def on_policy(rollout: Rollout, net: ActorCritic) -> Rollout:
+    """The same rollout as if `net` had chosen the actions."""
+    steps, envs = torch.arange(6).repeat(2), torch.arange(2).repeat_interleave(6)
+    with torch.no_grad():
+        logits, values = net(rollout.history.stacks(steps, envs))
+    log_probs = logits.log_softmax(-1).gather(-1, rollout.actions.flatten().unsqueeze(-1))
+    return rollout._replace(log_probs=log_probs.view(2, 6), values=values.view(2, 6))
+
+
+def gradients(algorithm: AlgorithmConfig) -> list[Tensor]:
+    """Of the first optimizer step, on-policy."""
+    net = network()
+    with torch.no_grad():
+        net.policy.weight.mul_(100)  # far from uniform, so that the entropy has a gradient
+    rollout = on_policy(rollout_of(REWARDS), net)
+    targets = estimate(rollout, algorithm, reward_ends_credit=False)
+    learner(net, algorithm).update(
+        rollout, targets, learning_rate=1e-9, entropy_coef=algorithm.entropy_coef, generator=torch.Generator()
+    )
+    found = [p.grad for p in net.parameters()]
+    assert all(g is not None for g in found)
+    return [g.clone() for g in found if g is not None]
+
+
+def test_on_policy_all_three_losses_have_the_same_gradient() -> None:
+    """At ratio 1: the clipped surrogate's, the KL penalty's (the KL's gradient is 0 there) and REINFORCE's."""
+    one, *others = (gradients(plain("gae", loss=loss)) for loss in ("reinforce", "clip", "kl"))
+    for other in others:
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("option", ["value_coef", "entropy_coef"])
+def test_coefficients_weigh_their_terms_linearly(option: str) -> None:
+    at = [gradients(plain("gae", **{option: c}))[2] for c in (0.0, 0.5, 1.0)]  # of the hidden layer
+    assert not torch.allclose(at[0], at[2])
+    torch.testing.assert_close(at[1], (at[0] + at[2]) / 2, rtol=1e-4, atol=1e-6)
+
+
+def test_masked_steps_change_nothing() -> None:
+    """Without a baseline: whatever a left-out step holds, NaN included, the weights come out the same."""
+    results = []
+    for garbage in (0.0, float("nan")):
+        net = network()
+        rollout = rollout_of([REWARDS[0], REWARDS[0]])
+        algorithm = plain("mc", baseline=False, loss="clip")
+        targets = estimate(rollout, algorithm, reward_ends_credit=True)
+        targets.advantages[:, -1] = garbage
+        rollout.log_probs[:, -1] = garbage
+        found = learner(net, algorithm, epochs=2, minibatch_size=4).update(
+            rollout, targets, learning_rate=1e-2, entropy_coef=0.01, generator=torch.Generator().manual_seed(0)
+        )
+        assert np.isfinite(list(found.values())).all()
+        results.append([p.detach().clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_the_kl_coefficient_moves_towards_its_target() -> None:
+    net, algorithm = network(), plain("gae", loss="kl")
+    rollout = on_policy(rollout_of(REWARDS), net)
+    targets = estimate(rollout, algorithm, reward_ends_credit=False)
+    still, moving = learner(net, algorithm), learner(network(), algorithm, epochs=8)
+    options = {"entropy_coef": 0.0, "generator": torch.Generator().manual_seed(0)}
+    still.update(rollout, targets, learning_rate=1e-12, **options)  # type: ignore[arg-type]
+    moving.update(rollout, targets, learning_rate=0.3, **options)  # type: ignore[arg-type]
+    assert still.kl_coef == algorithm.kl_coef / 2
+    assert moving.kl_coef == algorithm.kl_coef * 2
+
+
+def test_explained_variance_of_a_perfect_and_of_a_constant_critic() -> None:
+    returns, mask = torch.randn(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    targets = Targets(returns, returns, mask)
+    assert explained_variance(returns + 3, targets) == pytest.approx(1)
+    assert explained_variance(torch.full_like(returns, 5.0), targets) == pytest.approx(0, abs=1e-6)
+    assert explained_variance(returns, Targets(returns, torch.ones(2, 6), mask)) == 0
+
+
+class Bright(Clockwork):
+    """Episodes of one step; action 1 is right where the frame is bright, action 0 where it is dark."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        super().__init__(count, length=1, ends="terminated", shape=(8, 8))
+        self.rng = np.random.default_rng(seed)
+
+    def _frames(self) -> np.ndarray:
+        self.bright = self.rng.integers(0, 2, self.count)
+        return np.broadcast_to((self.bright * 255).astype(np.uint8)[:, None, None], (self.count, 8, 8)).copy()
+
+    def recv(self):
+        right = self.sent[-1] == self.bright
+        return super().recv()._replace(rewards=np.where(right, 1.0, -1.0).astype(np.float32))
+
+
+@pytest.mark.parametrize("loss", ["reinforce", "clip", "kl"])
+@pytest.mark.parametrize("advantage", ["mc", "td", "gae"])
+def test_every_combination_learns(advantage: str, loss: str) -> None:
+    algorithm = AlgorithmConfig(advantage=advantage, loss=loss, gamma=0.9)  # type: ignore[arg-type]
+    net = network(actions=2)
+    collector = Collector([Bright(8, 0), Bright(8, 1)], net, steps=16, stack=2)
+    collector.reset()
+    learn = learner(net, algorithm, epochs=1 if loss == "reinforce" else 3, minibatch_size=64)
+    means = []
+    for step in range(25):
+        rollout = collector.collect(torch.Generator().manual_seed(step))
+        targets = estimate(rollout, algorithm, reward_ends_credit=False)
+        generator = torch.Generator().manual_seed(step)
+        learn.update(rollout, targets, learning_rate=1e-2, entropy_coef=0.0, generator=generator)
+        means.append(float(rollout.rewards.mean()))
+    assert abs(means[0]) < 0.3
+    assert means[-1] > 0.95
