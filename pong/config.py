@@ -39,6 +39,8 @@ class GameConfig:
     """Pixelwise maximum of the last two emulated frames, for games whose sprites flicker."""
     subtract_background: bool = False
     """Subtract each pixel's median over a few random steps: what moves is all that is left."""
+    pixel_unit: float = 255.0
+    """Grey levels that the network sees as 1."""
     reward_ends_credit: bool = False
     """A reward ends the credit: what happens after it is no merit of what happened before. True of Pong's points."""
     noop_max: int = 30
@@ -58,6 +60,7 @@ class GameConfig:
                 f"0 <= crop_top < crop_bottom <= frame_height={self.frame_height}"
             )
         check_range("stack", self.stack, low=1)
+        check_range("pixel_unit", self.pixel_unit, low=0, low_open=True)
         check_range("noop_max", self.noop_max, low=0)
         check_range("max_frames_per_episode", self.max_frames_per_episode, low=self.frame_skip)
         if len(set(self.actions)) != len(self.actions) or any(action < 0 for action in self.actions):
@@ -277,6 +280,7 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
             crop_bottom=97,
             max_pool=False,
             subtract_background=True,
+            pixel_unit=64.0,
             reward_ends_credit=True,
         )
     else:

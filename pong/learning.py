@@ -117,13 +117,13 @@ class Learner:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        count, steps = rollout.actions.shape
-        total = count * steps
+        total = rollout.actions.numel()
+        observations = rollout.history.observations()
         sums: dict[str, Tensor] = {}
         for epoch in range(self.epochs):
             order = torch.randperm(total, generator=generator).to(rollout.actions.device)
             for chosen in order.split(self.minibatch_size):
-                found = self._optimizer_step(rollout, targets, chosen, entropy_coef)
+                found = self._optimizer_step(rollout, targets, observations, chosen, entropy_coef)
                 if epoch == self.epochs - 1:
                     sums = {name: sums.get(name, 0) + value * (len(chosen) / total) for name, value in found.items()}
         metrics = {name: float(value) for name, value in sums.items()}
@@ -137,19 +137,20 @@ class Learner:
         return metrics
 
     def _optimizer_step(
-        self, rollout: Rollout, targets: Targets, chosen: Tensor, entropy_coef: float
+        self, rollout: Rollout, targets: Targets, observations: Tensor, chosen: Tensor, entropy_coef: float
     ) -> dict[str, Tensor]:
         """One minibatch: `chosen` [B] are positions in the flattened [N, T]."""
+
+        def pick(x: Tensor) -> Tensor:
+            return x.flatten()[chosen]
+
         algorithm = self.algorithm
-        steps = rollout.actions.shape[1]
-        envs, times = chosen // steps, chosen % steps
-        mask = targets.action_mask[envs, times]
+        mask, old_log_probs, advantages = pick(targets.action_mask), pick(rollout.log_probs), pick(targets.advantages)
         denominator = mask.sum()
-        old_log_probs, advantages = rollout.log_probs[envs, times], targets.advantages[envs, times]
-        stacks = rollout.history.stacks(times, envs)
+        stacks = observations.permute(0, 2, 3, 1).index_select(0, chosen).permute(0, 3, 1, 2)  # rows of memory
         with torch.autocast(stacks.device.type, self.precision, enabled=self.precision != torch.float32):
             logits, values = self.network(stacks)
-        log_probs = logits.log_softmax(-1).gather(-1, rollout.actions[envs, times].unsqueeze(-1)).squeeze(-1)
+        log_probs = logits.log_softmax(-1).gather(-1, pick(rollout.actions).unsqueeze(-1)).squeeze(-1)
 
         is_clipped = torch.zeros_like(mask)
         if algorithm.loss == "clip":
@@ -166,7 +167,7 @@ class Learner:
         entropy = categorical_entropy(logits, mask)
         per_step = policy_loss - entropy_coef * entropy
         if algorithm.baseline:
-            critic_loss = value_loss(values, targets.returns[envs, times], mask).loss
+            critic_loss = value_loss(values, pick(targets.returns), mask).loss
             per_step = per_step + algorithm.value_coef * critic_loss
 
         self.optimizer.zero_grad()

@@ -16,6 +16,7 @@ class ActorCritic(nn.Module):
         config: widths.
         stack: frames of an observation.
         frame_shape: (rows, columns).
+        pixel_unit: grey levels that are seen as 1.
         actions: how many the agent chooses from.
     Raises:
         InputError: the frame is too small for the convolutions.
@@ -23,8 +24,17 @@ class ActorCritic(nn.Module):
 
     background: Tensor  # f32 [1, 1, rows, columns], grey levels; subtracted from every frame
 
-    def __init__(self, config: NetworkConfig, *, stack: int, frame_shape: tuple[int, int], actions: int) -> None:
+    def __init__(
+        self,
+        config: NetworkConfig,
+        *,
+        stack: int,
+        frame_shape: tuple[int, int],
+        actions: int,
+        pixel_unit: float = 255.0,
+    ) -> None:
         super().__init__()
+        self.pixel_unit = pixel_unit
         rows, columns = frame_shape
         layers: list[nn.Module] = []
         channels = stack
@@ -52,6 +62,6 @@ class ActorCritic(nn.Module):
 
     def forward(self, stacks: Tensor) -> tuple[Tensor, Tensor]:
         """stacks: u8 [B, stack, rows, columns], newest last. Returns logits f32 [B, actions], values f32 [B]."""
-        x = (stacks.to(torch.float32) - self.background) / 255
-        hidden = self.trunk(x.contiguous(memory_format=torch.channels_last))
+        frames = stacks.to(torch.float32, memory_format=torch.channels_last)
+        hidden = self.trunk((frames - self.background) / self.pixel_unit)
         return self.policy(hidden).float(), self.value(hidden).float().squeeze(-1)

@@ -13,7 +13,7 @@ from pong.network import ActorCritic
 
 
 class Rollout(NamedTuple):
-    """T steps of N environments. Frames are kept once; `FrameHistory.stacks` builds observations from them."""
+    """T steps of N environments. Frames are kept once, until the next rollout; observations are built from them."""
 
     history: "FrameHistory"
     actions: Tensor  # int64 [N, T]
@@ -81,9 +81,20 @@ class FrameHistory:
 
     def stacks(self, steps: Tensor, envs: Tensor) -> Tensor:
         """Observations before these steps of these environments, [B] int64 each: u8 [B, stack, rows, columns]."""
-        back = torch.minimum(self._back, self.age[steps, envs].unsqueeze(1))
-        slots = (steps + self.stack - 1).unsqueeze(1) - back
-        return self._gather(slots, envs.unsqueeze(1))
+        places = self._places(steps, envs)
+        return self.frames.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
+
+    def observations(self) -> Tensor:
+        """What the agent saw before every step of the rollout: u8 [N * T, stack, rows, columns], environment by
+        environment, in the channels-last layout that convolutions like: transposed once instead of every epoch."""
+        steps, envs = self.age.shape[0] - 1, self.age.shape[1]
+        of_each = torch.arange(steps, device=self.age.device).repeat(envs)
+        places = self._places(of_each, torch.arange(envs, device=self.age.device).repeat_interleave(steps))
+        frames = self.frames.flatten(0, 1)
+        built = frames.new_empty(len(places), *frames.shape[1:], self.stack)
+        for channel in range(self.stack):
+            built[..., channel] = frames.index_select(0, places[:, channel])
+        return built.permute(0, 3, 1, 2)
 
     def final_stack(self, step: int, env: int, frame: np.ndarray) -> Tensor:
         """The observation that an episode ended with: `frame` after the one before `step`, u8 [1, stack, ...]."""
@@ -91,10 +102,11 @@ class FrameHistory:
         where = torch.tensor([step], device=self.frames.device), torch.tensor([env], device=self.frames.device)
         return torch.cat([self.stacks(*where)[:, 1:], last[None, None]], dim=1)
 
-    def _gather(self, slots: Tensor, envs: Tensor) -> Tensor:
-        flat = self.frames.flatten(0, 1)
-        index = slots * self.frames.shape[1] + envs
-        return flat.index_select(0, index.flatten()).unflatten(0, index.shape)
+    def _places(self, steps: Tensor, envs: Tensor) -> Tensor:
+        """Where the frames of observations are among all frames, [B, stack] int64."""
+        back = torch.minimum(self._back, self.age[steps, envs].unsqueeze(1))
+        slots = (steps + self.stack - 1).unsqueeze(1) - back
+        return slots * self.frames.shape[1] + envs.unsqueeze(1)
 
 
 @dataclass

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 
@@ -75,7 +76,8 @@ class PongTrainer:
             max_grad_norm=config.optimization.max_grad_norm,
             precision=getattr(torch, run.precision),
         )
-        self.rollouts, self.episodes, self.elapsed = 0, 0, 0.0
+        self.rollouts, self.episodes = 0, 0
+        self._started = psutil.Process().create_time()  # of the clock: start-up counts
         self.recent: deque[float] = deque(maxlen=_WINDOW)
         if run.resume:
             self._restore(load_state(checkpoint, device=self.device))
@@ -86,6 +88,11 @@ class PongTrainer:
     def steps(self) -> int:
         """Agent steps taken so far."""
         return self.rollouts * self.config.optimization.steps_per_rollout
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the process started, and before it was resumed."""
+        return time.time() - self._started
 
     def train(self) -> dict[str, Any]:
         """Run to the end and evaluate; the evaluation's summary."""
@@ -161,7 +168,6 @@ class PongTrainer:
         self.rollouts += 1
         self.episodes += len(rollout.episodes)
         self.recent.extend(episode.score for episode in rollout.episodes)
-        self.elapsed += ended - started
         metrics |= {
             "score/mean_100": sum(self.recent) / len(self.recent) if self.recent else None,
             "score/mean": _mean([episode.score for episode in rollout.episodes]),
@@ -232,7 +238,8 @@ class PongTrainer:
     def _restore(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.learner.restore(state["learner"])
-        self.rollouts, self.episodes, self.elapsed = state["rollouts"], state["episodes"], state["elapsed"]
+        self.rollouts, self.episodes = state["rollouts"], state["episodes"]
+        self._started -= state["elapsed"]
         self.recent.extend(state["recent"])
         print(f"resuming at step {self.steps:,}: playing the emulators to where they were")
         self.collector.restore(state["collector"])
@@ -242,7 +249,14 @@ class PongTrainer:
 
 def build_network(config: PongConfig, *, actions: int) -> ActorCritic:
     """The config's network, freshly initialised."""
-    return ActorCritic(config.network, stack=config.game.stack, frame_shape=config.game.frame_shape, actions=actions)
+    game = config.game
+    return ActorCritic(
+        config.network,
+        stack=game.stack,
+        frame_shape=game.frame_shape,
+        actions=actions,
+        pixel_unit=game.pixel_unit,
+    )
 
 
 def choose_device(name: str) -> torch.device:

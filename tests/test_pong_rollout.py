@@ -36,6 +36,17 @@ def test_stacks_hold_the_last_frames_of_the_same_episode_only() -> None:
     assert [greys(second, 0, step) for step in range(3)] == [[10, 11, 12], [11, 12, 13], [20, 20, 20]]
 
 
+def test_all_observations_at_once_are_the_same_stacks() -> None:
+    two = [Clockwork(2, length=4, ends="terminated"), Clockwork(1, length=7, ends="truncated", first=100)]
+    collect = collector(two, steps=6)
+    collect.collect(torch.Generator())
+    history = collect.collect(torch.Generator()).history
+    steps, envs = torch.arange(6).repeat(3), torch.arange(3).repeat_interleave(6)
+    observations = history.observations()
+    assert torch.equal(observations, history.stacks(steps, envs))
+    assert observations.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_values_are_those_of_the_observation_before_the_action() -> None:
     rollout = collector([Clockwork(2, length=4, ends="terminated")], steps=5).collect(torch.Generator())
     np.testing.assert_array_equal(rollout.values[1], VALUES[[50, 51, 52, 53, 60]])
