@@ -69,7 +69,6 @@ class Learner:
         algorithm: losses and coefficients.
         epochs, minibatch_size: passes over a rollout, and steps per optimizer step.
         adam_epsilon, max_grad_norm: of Adam; of all gradients together.
-        precision: of convolutions and matrix products.
     """
 
     def __init__(
@@ -81,9 +80,8 @@ class Learner:
         minibatch_size: int,
         adam_epsilon: float,
         max_grad_norm: float,
-        precision: torch.dtype = torch.float32,
     ) -> None:
-        self.network, self.algorithm, self.precision = network, algorithm, precision
+        self.network, self.algorithm = network, algorithm
         self.epochs, self.minibatch_size, self.max_grad_norm = epochs, minibatch_size, max_grad_norm
         self.optimizer = torch.optim.Adam(network.parameters(), eps=adam_epsilon, fused=True)
         self.kl_coef = algorithm.kl_coef
@@ -148,8 +146,7 @@ class Learner:
         mask, old_log_probs, advantages = pick(targets.action_mask), pick(rollout.log_probs), pick(targets.advantages)
         denominator = mask.sum()
         stacks = observations.permute(0, 2, 3, 1).index_select(0, chosen).permute(0, 3, 1, 2)  # rows of memory
-        with torch.autocast(stacks.device.type, self.precision, enabled=self.precision != torch.float32):
-            logits, values = self.network(stacks)
+        logits, values = self.network(stacks)
         log_probs = logits.log_softmax(-1).gather(-1, pick(rollout.actions).unsqueeze(-1)).squeeze(-1)
 
         is_clipped = torch.zeros_like(mask)

@@ -16,8 +16,9 @@ class ActorCritic(nn.Module):
         config: widths.
         stack: frames of an observation.
         frame_shape: (rows, columns).
-        pixel_unit: grey levels that are seen as 1.
         actions: how many the agent chooses from.
+        pixel_unit: grey levels that are seen as 1.
+        precision: of convolutions and matrix products, while collecting and while learning alike.
     Raises:
         InputError: the frame is too small for the convolutions.
     """
@@ -32,9 +33,10 @@ class ActorCritic(nn.Module):
         frame_shape: tuple[int, int],
         actions: int,
         pixel_unit: float = 255.0,
+        precision: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.pixel_unit = pixel_unit
+        self.pixel_unit, self.precision = pixel_unit, precision
         rows, columns = frame_shape
         layers: list[nn.Module] = []
         channels = stack
@@ -63,5 +65,7 @@ class ActorCritic(nn.Module):
     def forward(self, stacks: Tensor) -> tuple[Tensor, Tensor]:
         """stacks: u8 [B, stack, rows, columns], newest last. Returns logits f32 [B, actions], values f32 [B]."""
         frames = stacks.to(torch.float32, memory_format=torch.channels_last)
-        hidden = self.trunk((frames - self.background) / self.pixel_unit)
-        return self.policy(hidden).float(), self.value(hidden).float().squeeze(-1)
+        with torch.autocast(stacks.device.type, self.precision, enabled=self.precision != torch.float32):
+            hidden = self.trunk((frames - self.background) / self.pixel_unit)
+            logits, values = self.policy(hidden), self.value(hidden)
+        return logits.float(), values.float().squeeze(-1)

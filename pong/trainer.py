@@ -74,13 +74,12 @@ class PongTrainer:
             minibatch_size=config.optimization.minibatch_size,
             adam_epsilon=config.optimization.adam_epsilon,
             max_grad_norm=config.optimization.max_grad_norm,
-            precision=getattr(torch, run.precision),
         )
         self.rollouts, self.episodes = 0, 0
         self._started = psutil.Process().create_time()  # of the clock: start-up counts
         self.recent: deque[float] = deque(maxlen=_WINDOW)
         if run.resume:
-            self._restore(load_state(checkpoint, device=self.device))
+            self._restore(load_state(checkpoint))
         else:
             self._begin()
 
@@ -256,6 +255,7 @@ def build_network(config: PongConfig, *, actions: int) -> ActorCritic:
         frame_shape=game.frame_shape,
         actions=actions,
         pixel_unit=game.pixel_unit,
+        precision=getattr(torch, config.run.precision),
     )
 
 

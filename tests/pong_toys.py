@@ -15,9 +15,17 @@ class Clockwork:
     The frame of environment i at its t-th step of episode e is filled with `first + 50 i + 10 e + t`.
     """
 
-    action_names = ["NOOP", "RIGHT"]  # noqa: RUF012
-
-    def __init__(self, count: int, *, length: int, ends: str, first: int = 0, shape: tuple[int, int] = (2, 3)) -> None:
+    def __init__(
+        self,
+        count: int,
+        *,
+        length: int,
+        ends: str,
+        first: int = 0,
+        shape: tuple[int, int] = (2, 3),
+        actions: int = 2,
+    ) -> None:
+        self.action_names = [f"action {i}" for i in range(actions)]
         self.count, self.length, self.ends, self.first, self.shape = count, length, ends, first, shape
         self.time = np.zeros(count, dtype=np.int64)
         self.episode = np.zeros(count, dtype=np.int64)

@@ -126,6 +126,25 @@ def on_policy(rollout: Rollout, net: ActorCritic) -> Rollout:
     return rollout._replace(log_probs=log_probs.view(2, 6), values=values.view(2, 6))
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_what_the_collector_reported_is_what_the_learner_recomputes(precision: torch.dtype, tolerance: float) -> None:
+    """Groups of other sizes, other batches, another memory layout: the ratio is 1 before the first step."""
+    net = network()
+    net.precision = precision
+    with torch.no_grad():
+        net.policy.weight.mul_(100)
+    noise = Clockwork(3, length=5, ends="terminated", shape=(8, 8), actions=3)
+    other = Clockwork(1, length=7, ends="truncated", shape=(8, 8), actions=3)
+    collector = Collector([noise, other], net, steps=9, stack=2)
+    collector.reset()
+    rollout = collector.collect(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits, values = net(rollout.history.observations())
+    log_probs = logits.log_softmax(-1).gather(-1, rollout.actions.reshape(-1, 1)).view(4, 9)
+    torch.testing.assert_close(log_probs, rollout.log_probs, rtol=0, atol=tolerance)
+    torch.testing.assert_close(values.view(4, 9), rollout.values, rtol=0, atol=tolerance)
+
+
 def gradients(algorithm: AlgorithmConfig) -> list[Tensor]:
     """Of the first optimizer step, on-policy."""
     net = network()
