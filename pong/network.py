@@ -23,7 +23,7 @@ class ActorCritic(nn.Module):
         InputError: the frame is too small for the convolutions.
     """
 
-    background: Tensor  # f32 [1, 1, rows, columns], grey levels; subtracted from every frame
+    background: Tensor  # f32 [1, stack, rows, columns], grey levels, the same for every frame of the stack
 
     def __init__(
         self,
@@ -59,13 +59,13 @@ class ActorCritic(nn.Module):
                 nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
                 assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
-        self.register_buffer("background", torch.zeros(1, 1, *frame_shape))
+        self.register_buffer("background", torch.zeros(1, stack, *frame_shape))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, stacks: Tensor) -> tuple[Tensor, Tensor]:
         """stacks: u8 [B, stack, rows, columns], newest last. Returns logits f32 [B, actions], values f32 [B]."""
         frames = stacks.to(torch.float32, memory_format=torch.channels_last)
         with torch.autocast(stacks.device.type, self.precision, enabled=self.precision != torch.float32):
-            hidden = self.trunk((frames - self.background) / self.pixel_unit)
+            hidden = self.trunk(frames.sub_(self.background).div_(self.pixel_unit))
             logits, values = self.policy(hidden), self.value(hidden)
         return logits.float(), values.float().squeeze(-1)
