@@ -9,6 +9,7 @@ Runs the programs as a user does, one after the other. Times count from process 
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -49,14 +50,14 @@ class Args:
     out: Path = Path("runs/benchmark_pong")
     threads: int | None = None
     """Cores per run; None: all."""
-    flags: tuple[str, ...] = ()
-    """Passed on to every run, for instance --flags --total-steps 1000000."""
+    flags: str = ""
+    """Passed on to every run, for instance --flags="--total-steps 500000". Use another --out for other flags."""
 
 
 def train(words: list[str], seed: int, run_dir: Path, args: Args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Metrics and evaluation of the run, made now unless it is there already."""
     if not (run_dir / "evaluation.json").exists():
-        options = ["--seed", str(seed), "--run-dir", str(run_dir), *args.flags]
+        options = ["--seed", str(seed), "--run-dir", str(run_dir), *shlex.split(args.flags)]
         environment = dict(os.environ)
         if args.threads is not None:
             options += ["--threads", str(args.threads)]

@@ -246,6 +246,9 @@ def main(args: Args) -> None:
     print("|---|---|" + "---|" * (len(THRESHOLDS) + 1))
     for contestant in args.contestants:
         rows = rows_of(contestant, args, seconds)
+        if not rows:
+            print(f"| {contestant} | did not report: see its error above |" + " |" * (len(THRESHOLDS) + 1))
+            continue
         cells = []
         for threshold in THRESHOLDS:
             arrived = [row for row in rows if row["mean"] is not None and row["mean"] >= threshold]

@@ -1,1 +1,1 @@
-"""Atari Pong on the same core. Not built yet."""
+"""Atari Pong, and its neighbours, on the core that trains language models."""

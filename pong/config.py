@@ -44,7 +44,7 @@ class GameConfig:
     reward_ends_credit: bool = False
     """A reward ends the credit: what happens after it is no merit of what happened before. True of Pong's points."""
     noop_max: int = 30
-    """Episodes start after up to this many frames without action, drawn at random."""
+    """Episodes start after fewer than this many frames without action, drawn at random (FIRE is pressed first)."""
     max_frames_per_episode: int = 108_000
     """Emulated frames after which an episode is truncated: half an hour."""
 
@@ -62,7 +62,7 @@ class GameConfig:
         check_range("stack", self.stack, low=1)
         check_range("pixel_unit", self.pixel_unit, low=0, low_open=True)
         check_range("noop_max", self.noop_max, low=0)
-        check_range("max_frames_per_episode", self.max_frames_per_episode, low=self.frame_skip)
+        check_range("max_frames_per_episode", self.max_frames_per_episode, low=self.frame_skip, high=10**7)
         if len(set(self.actions)) != len(self.actions) or any(action < 0 for action in self.actions):
             raise InputError(f"actions must be distinct and >= 0, got {self.actions}")
 
@@ -134,7 +134,10 @@ class NetworkConfig:
                 f"channels, kernels and strides need one entry per convolution, got {len(self.channels)}, "
                 f"{len(self.kernels)} and {len(self.strides)}"
             )
-        check_range("hidden", self.hidden, low=1)
+        sizes = {"channels": self.channels, "strides": self.strides, "hidden": (self.hidden,)}
+        for name, values in (sizes | {"kernels": tuple(size for kernel in self.kernels for size in kernel)}).items():
+            for value in values:
+                check_range(name, value, low=1)
 
 
 @dataclass(frozen=True)
@@ -199,12 +202,13 @@ class RunConfig:
     precision: Precision = "float32"
     """Of the convolutions and matrix products; weights stay float32."""
     threads: int | None = None
-    """Cores to use, for the emulator as for torch; None: all that this process may use."""
+    """Cores to use, for the emulator as for torch; None: all that this process may use. A resumed run keeps the number
+    that it was started with, since torch's sums depend on it in their last bits."""
     log_with: str | None = None
     """A tracker that accelerate knows (tensorboard, wandb, ...), beside metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        check_range("seed", self.seed, low=0)
+        check_range("seed", self.seed, low=0, high=2**63 - 1)
         check_range("checkpoint_every", self.checkpoint_every, low=0)
         check_range("eval_episodes", self.eval_episodes, low=0)
         check_choice("precision", self.precision, get_args(Precision))
@@ -221,6 +225,9 @@ class PongConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check_range("rollout_steps", self.optimization.rollout_steps, low=self.game.stack)
 
     @property
     def epochs(self) -> int:
@@ -270,7 +277,9 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
     is_pong = game == "pong"
     # Advantages are whitened to 1, but values of points are off by a tenth or so: without more weight the critic, and
     # with it all credit at a distance, learns last.
-    algorithm = AlgorithmConfig(gamma=0.97 if is_pong else 0.99, gae_lambda=0.9, value_coef=5.0)
+    algorithm = AlgorithmConfig(
+        gamma=0.97 if is_pong else 0.99, gae_lambda=0.9, value_coef=5.0, entropy_coef=0.001 if is_pong else 0.01
+    )
     shared = GameConfig(game=game, subtract_background=is_pong, pixel_unit=32.0 if is_pong else 255.0)
     shared = replace(shared, reward_ends_credit=is_pong)
     if name == "v5":

@@ -17,7 +17,7 @@ from rlhf.losses import (
     reinforce_loss,
     value_loss,
 )
-from rlhf.masking import masked_var, masked_whiten
+from rlhf.masking import masked_mean, masked_sum, masked_var, masked_whiten
 from rlhf.reduce import token_mean
 
 
@@ -118,18 +118,19 @@ class Learner:
         total = rollout.actions.numel()
         observations = rollout.history.observations()
         sums: dict[str, Tensor] = {}
-        for epoch in range(self.epochs):
+        for _ in range(self.epochs):
+            sums = {}
             order = torch.randperm(total, generator=generator).to(rollout.actions.device)
             for chosen in order.split(self.minibatch_size):
-                found = self._optimizer_step(rollout, targets, observations, chosen, entropy_coef)
-                if epoch == self.epochs - 1:
-                    sums = {name: sums.get(name, 0) + value * (len(chosen) / total) for name, value in found.items()}
-        metrics = {name: float(value) for name, value in sums.items()}
+                for name, value in self._optimizer_step(rollout, targets, observations, chosen, entropy_coef).items():
+                    sums[name] = sums.get(name, 0) + value
+        known = int(targets.action_mask.sum())
+        metrics = {name: float(value) / max(known, 1) for name, value in sums.items()}
+        metrics["steps_known"] = known / total
         if self.algorithm.loss == "kl":
             metrics["kl_coef"] = self.kl_coef
-            self.kl_coef = adapt_kl_coef_by_doubling(
-                self.kl_coef, metrics["policy/kl"], target_kl=self.algorithm.kl_target
-            )
+            observed = self._kl_to(rollout, targets, observations)
+            self.kl_coef = adapt_kl_coef_by_doubling(self.kl_coef, observed, target_kl=self.algorithm.kl_target)
         if self.algorithm.baseline:
             metrics["critic/explained_variance"] = explained_variance(rollout.values, targets)
         return metrics
@@ -137,17 +138,17 @@ class Learner:
     def _optimizer_step(
         self, rollout: Rollout, targets: Targets, observations: Tensor, chosen: Tensor, entropy_coef: float
     ) -> dict[str, Tensor]:
-        """One minibatch: `chosen` [B] are positions in the flattened [N, T]."""
+        """One minibatch: `chosen` [B] are positions in the flattened [N, T]. Returns sums over its known steps."""
 
         def pick(x: Tensor) -> Tensor:
             return x.flatten()[chosen]
 
         algorithm = self.algorithm
         mask, old_log_probs, advantages = pick(targets.action_mask), pick(rollout.log_probs), pick(targets.advantages)
+        if not algorithm.baseline and not mask.any():
+            return {}  # no return is known: an optimizer step would follow its momentum alone
         denominator = mask.sum()
-        stacks = observations.permute(0, 2, 3, 1).index_select(0, chosen).permute(0, 3, 1, 2)  # rows of memory
-        logits, values = self.network(stacks)
-        log_probs = logits.log_softmax(-1).gather(-1, pick(rollout.actions).unsqueeze(-1)).squeeze(-1)
+        log_probs, logits, values = self._predict(observations, rollout.actions, chosen)
 
         is_clipped = torch.zeros_like(mask)
         if algorithm.loss == "clip":
@@ -163,22 +164,33 @@ class Learner:
             policy_loss = reinforce_loss(log_probs, advantages, mask)
         entropy = categorical_entropy(logits, mask)
         per_step = policy_loss - entropy_coef * entropy
+        logged = {"policy/loss": policy_loss, "policy/entropy": entropy, "policy/clip_fraction": is_clipped.float()}
         if algorithm.baseline:
-            critic_loss = value_loss(values, pick(targets.returns), mask).loss
-            per_step = per_step + algorithm.value_coef * critic_loss
+            logged["critic/loss"] = value_loss(values, pick(targets.returns), mask).loss
+            per_step = per_step + algorithm.value_coef * logged["critic/loss"]
 
         self.optimizer.zero_grad()
         token_mean(per_step, mask, denominator=denominator).backward()
         grad_norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.max_grad_norm)
         self.optimizer.step()
-        with torch.no_grad():
-            kl = kl_estimate(old_log_probs, log_probs, mask, estimator="k3")
-            found = {"policy/loss": policy_loss, "policy/entropy": entropy, "policy/kl": kl}
-            found["policy/clip_fraction"] = is_clipped.float()
-            if algorithm.baseline:
-                found["critic/loss"] = critic_loss
-            means = {name: token_mean(x.detach(), mask, denominator=denominator) for name, x in found.items()}
-        return means | {"grad_norm": grad_norm.detach()}
+        logged["policy/kl"] = kl_estimate(old_log_probs, log_probs.detach(), mask, estimator="k3")
+        sums = {name: masked_sum(x.detach(), mask) for name, x in logged.items()}
+        return sums | {"grad_norm": grad_norm.detach() * denominator}
+
+    def _predict(self, observations: Tensor, actions: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs of the actions [B], logits [B, actions] and values [B] at these positions."""
+        stacks = observations.permute(0, 2, 3, 1).index_select(0, chosen).permute(0, 3, 1, 2)  # whole rows of memory
+        logits, values = self.network(stacks)
+        log_probs = logits.log_softmax(-1).gather(-1, actions.flatten()[chosen].unsqueeze(-1)).squeeze(-1)
+        return log_probs, logits, values
+
+    @torch.no_grad()
+    def _kl_to(self, rollout: Rollout, targets: Targets, observations: Tensor) -> float:
+        """KL(policy that collected || present policy), nats per step."""
+        positions = torch.arange(len(observations), device=observations.device)
+        parts = [self._predict(observations, rollout.actions, part)[0] for part in positions.split(self.minibatch_size)]
+        log_probs, mask = torch.cat(parts).view(rollout.actions.shape), targets.action_mask
+        return float(masked_mean(kl_estimate(rollout.log_probs, log_probs, mask, estimator="k3"), mask))
 
 
 def explained_variance(values: Tensor, targets: Targets) -> float:

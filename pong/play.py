@@ -81,7 +81,7 @@ def play(config: PlayConfig) -> None:
                 greedy=config.greedy,
                 on_progress=lambda done, mean: view.update(done, {"mean_score": mean}),
             )
-        write_evaluation(folder, found)
+        write_evaluation(folder, found, "play.json")
     shots = watch(network, run, steps=config.film_steps, seed=config.seed, greedy=config.greedy)
     if config.render_mode == "film":
         path = folder.path / "play.gif"
@@ -97,9 +97,12 @@ def load_policy(run_dir: Path) -> tuple[PongConfig, ActorCritic]:
     Raises:
         InputError: there is no Pong run, or it has neither.
     """
+    if not (run_dir / "config.json").is_file():
+        raise InputError(f"{run_dir} holds no run (config.json is not there): give the folder that training printed")
     folder = RunFolder.open(run_dir)
     config = PongConfig.from_dict(folder.config())
-    path = folder.final if folder.final.exists() else latest_checkpoint(folder.checkpoints)
+    is_final = (folder.final / "tensors.safetensors").exists()  # written last
+    path = folder.final if is_final else latest_checkpoint(folder.checkpoints)
     if path is None:
         raise InputError(f"{run_dir} has no policy yet: wait for its first checkpoint")
     weights = load_state(path)["network"]

@@ -23,11 +23,11 @@ def draw_plots(folder: RunFolder, title: str) -> None:
     plot_metrics(read_json_lines(folder.metrics), folder.plots / "metrics.png", PANELS, title)
 
 
-def write_evaluation(folder: RunFolder, evaluation: Evaluation) -> dict[str, Any]:
-    """evaluation.json in the run folder, replaced; says what is in it. Returns the summary."""
+def write_evaluation(folder: RunFolder, evaluation: Evaluation, name: str) -> dict[str, Any]:
+    """The scores as a file of this name in the run folder, replaced; says what is in it. Returns the summary."""
     summary = evaluation.summary()
     scores = [episode.score for episode in evaluation.episodes]
-    path = folder.path / "evaluation.json"
+    path = folder.path / name
     path.write_text(json.dumps(summary | {"scores": scores}, indent=2) + "\n", encoding="utf-8")
     print(
         f"{summary['episodes']} fresh episodes: mean score {summary['mean_score']:.2f}, "

@@ -71,8 +71,8 @@ class FrameHistory:
 
     def put(self, step: int, envs: slice, frames: np.ndarray, age: np.ndarray) -> None:
         """The frames that these environments show before `step`, and how many of their episode came before."""
-        self.frames[step + self.stack - 1, envs].copy_(torch.from_numpy(frames), non_blocking=True)
-        self.age[step, envs].copy_(torch.from_numpy(age), non_blocking=True)
+        self.frames[step + self.stack - 1, envs] = torch.from_numpy(frames).to(self.frames.device)
+        self.age[step, envs] = torch.from_numpy(age).to(self.age.device)
 
     def start_over(self) -> None:
         """The last frames become what went before the next rollout; its step 0 is this one's end."""
@@ -133,6 +133,33 @@ class _Group:
         return episodes
 
 
+class _Buffers:
+    """A rollout while it is being collected, [T, N]: each step of a group is one piece of memory."""
+
+    def __init__(self, steps: int, envs: int, device: torch.device) -> None:
+        shape = (steps, envs)
+        self.actions = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.log_probs, self.values, self.bootstrap = (torch.zeros(shape, device=device) for _ in range(3))
+        self.rewards = np.zeros(shape, dtype=np.float32)
+        self.terminated, self.truncated = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+        self.episodes: list[Episode] = []
+
+    def rollout(self, history: FrameHistory) -> Rollout:
+        """The same with time last."""
+        device = self.actions.device
+        return Rollout(
+            history,
+            self.actions.T,
+            self.log_probs.T,
+            self.values.T,
+            torch.from_numpy(self.rewards).to(device).clamp(-1, 1).T,
+            torch.from_numpy(self.terminated).to(device).T,
+            torch.from_numpy(self.truncated).to(device).T,
+            self.bootstrap.T,
+            self.episodes,
+        )
+
+
 class Collector:
     """Steps groups of environments in turn with the current policy, and keeps what they answer.
 
@@ -150,6 +177,7 @@ class Collector:
         self._groups = [_Group(g, slice(end - g.count, end)) for g, end in zip(groups, ends, strict=True)]
         self.count = ends[-1]
         self.actions = len(groups[0].action_names)
+        self._envs = torch.arange(self.count, device=self.device)
         rows, columns = network.background.shape[-2:]
         self.history = FrameHistory(
             steps=steps, envs=self.count, stack=stack, frame_shape=(rows, columns), device=self.device
@@ -167,80 +195,73 @@ class Collector:
         Args:
             generator: of the actions; on the CPU, so that every device draws the same. None: the likeliest ones.
         """
-        shape, device = (self.steps, self.count), self.device
         self.history.start_over()
-        actions = torch.zeros(shape, dtype=torch.int64, device=device)
-        values = torch.zeros(shape, device=device)
-        log_probs = torch.zeros(shape, device=device)
-        bootstrap = torch.zeros(shape, device=device)
-        rewards = np.zeros(shape, dtype=np.float32)
-        terminated, truncated = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
-        episodes: list[Episode] = []
+        buffers = _Buffers(self.steps, self.count, self.device)
         # argmax(p / e), e ~ Exp(1), is a draw from p: the noise of a whole rollout in one call.
-        noise = torch.ones(*shape, self.actions, device=device)
+        noise = torch.ones(self.steps, self.count, self.actions)
         if generator is not None:
-            noise = torch.empty(*shape, self.actions).exponential_(generator=generator).to(device)
-        columns = torch.arange(self.count, device=device)
-
-        def receive(group: _Group, step: int) -> None:
-            """The answer to the actions of `step`."""
-            result = group.envs.recv()
-            at = (step, group.place)
-            rewards[at], terminated[at], truncated[at] = result.rewards, result.terminated, result.truncated
-            for env in np.flatnonzero(result.truncated):
-                index = group.place.start + int(env)
-                stack = self.history.final_stack(step, index, result.final_frames[int(env)])
-                bootstrap[step, index] = self.network(stack)[1][0]
-            episodes.extend(group.advance(result))
-            self.history.put(step + 1, group.place, result.frames, np.minimum(group.steps, self.history.stack))
-
+            noise.exponential_(generator=generator)
+        noise = noise.to(self.device)
         for step in range(self.steps):
             for group in self._groups:
                 if step > 0:
-                    receive(group, step - 1)
-                envs = columns[group.place]
-                logits, value = self.network(self.history.stacks(torch.full_like(envs, step), envs))
-                log_p = logits.log_softmax(-1)
-                action = (log_p.exp() / noise[step, group.place]).argmax(-1, keepdim=True)
-                group.envs.send(action.squeeze(-1).cpu().numpy())
-                at = (step, group.place)
-                actions[at], log_probs[at], values[at] = action.squeeze(-1), log_p.gather(-1, action).squeeze(-1), value
+                    self._receive(group, step - 1, buffers)
+                self._act(group, step, buffers, noise)
         for group in self._groups:
-            receive(group, self.steps - 1)
+            self._receive(group, self.steps - 1, buffers)
 
-        edge = self.network(self.history.stacks(torch.full_like(columns, self.steps), columns))[1]
-        over = torch.from_numpy(terminated | truncated).to(device)
-        bootstrap[-1] = torch.where(over[-1], bootstrap[-1], edge)
-        truncated[-1] |= ~terminated[-1]
-        return Rollout(
-            self.history,
-            actions.T,
-            log_probs.T,
-            values.T,
-            torch.from_numpy(rewards).to(device).clamp(-1, 1).T,
-            torch.from_numpy(terminated).to(device).T,
-            torch.from_numpy(truncated).to(device).T,
-            bootstrap.T,
-            episodes,
-        )
+        # Where the rollout ends, episodes go on: cut off there, and worth what the critic says of the next state.
+        last = torch.full_like(self._envs, self.steps)
+        ended = buffers.terminated[-1] | buffers.truncated[-1]
+        following = self.network(self.history.stacks(last, self._envs))[1]
+        buffers.bootstrap[-1] = torch.where(torch.from_numpy(ended).to(self.device), buffers.bootstrap[-1], following)
+        buffers.truncated[-1] |= ~ended
+        return buffers.rollout(self.history)
+
+    def _act(self, group: _Group, step: int, buffers: _Buffers, noise: Tensor) -> None:
+        """Choose the group's actions and send them."""
+        envs = self._envs[group.place]
+        logits, values = self.network(self.history.stacks(torch.full_like(envs, step), envs))
+        log_p = logits.log_softmax(-1)
+        actions = (log_p.exp() / noise[step, group.place]).argmax(-1, keepdim=True)
+        group.envs.send(actions.squeeze(-1).cpu().numpy())
+        at = (step, group.place)
+        buffers.actions[at], buffers.values[at] = actions.squeeze(-1), values
+        buffers.log_probs[at] = log_p.gather(-1, actions).squeeze(-1)
+
+    def _receive(self, group: _Group, step: int, buffers: _Buffers) -> None:
+        """Keep the answer to the group's actions of `step`."""
+        result = group.envs.recv()
+        at = (step, group.place)
+        buffers.rewards[at], buffers.terminated[at], buffers.truncated[at] = result[1:4]
+        for env, frame in result.final_frames.items():
+            index = group.place.start + env
+            buffers.bootstrap[step, index] = self.network(self.history.final_stack(step, index, frame))[1][0]
+        buffers.episodes.extend(group.advance(result))
+        self.history.put(step + 1, group.place, result.frames, group.steps)
 
     def measure_background(self, steps: int, generator: torch.Generator) -> Tensor:
-        """Each pixel's median over `steps` random steps of every environment: f32 [1, 1, rows, columns]."""
+        """Each pixel's median over `steps` random steps of every environment: f32 [rows, columns].
+
+        The first rollout goes on from there.
+
+        Args:
+            steps: at least the stack, at most a rollout's.
+            generator: of the actions; on the CPU.
+        """
         seen = []
-        for step in range(steps):
+        for step in range(self.steps - steps, self.steps):  # as if they were a rollout's last
             for group in self._groups:
                 group.envs.send(torch.randint(self.actions, (group.envs.count,), generator=generator).numpy())
             for group in self._groups:
                 result = group.envs.recv()
                 group.advance(result)
-                seen.append(torch.from_numpy(result.frames.copy()))
-                if step == steps - 1:
-                    age = np.zeros_like(group.steps)  # the frames before were not kept
-                    self.history.put(self.steps, group.place, result.frames, age)
-        return torch.cat(seen).median(0).values.float()[None, None]
+                self.history.put(step + 1, group.place, result.frames, group.steps)
+                seen.append(torch.from_numpy(result.frames))
+        return torch.cat(seen).median(0).values.float()
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next rollout depends on, but for network and generator."""
+        """Everything that the next rollout depends on, but for the network."""
         groups = [
             {"envs": g.envs.state(), "score": torch.from_numpy(g.score), "steps": torch.from_numpy(g.steps)}
             for g in self._groups

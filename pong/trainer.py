@@ -50,13 +50,15 @@ class PongTrainer:
         self.config, run = config, config.run
         check_tracker(run.log_with)
         self.device = choose_device(run.device)
-        self.threads = run.threads or cores()
         self.folder = RunFolder(run.run_dir)
+        state: dict[str, Any] | None = None
         if run.resume:
-            checkpoint = check_resumable(self.folder, config.as_dict(), may_change=MAY_CHANGE)
+            state = load_state(check_resumable(self.folder, config.as_dict(), may_change=MAY_CHANGE))
         else:
             check_creatable(run.run_dir)
+        self.threads = run.threads or (cores() if state is None else state["threads"])
 
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False  # exact, and float32 is that
         torch.manual_seed(run.seed)
         half = config.optimization.envs // _GROUPS
         groups = [
@@ -78,8 +80,8 @@ class PongTrainer:
         self.rollouts, self.episodes = 0, 0
         self._started = psutil.Process().create_time()  # of the clock: start-up counts
         self.recent: deque[float] = deque(maxlen=_WINDOW)
-        if run.resume:
-            self._restore(load_state(checkpoint))
+        if state is not None:
+            self._restore(state)
         else:
             self._begin()
 
@@ -96,13 +98,7 @@ class PongTrainer:
     def train(self) -> dict[str, Any]:
         """Run to the end and evaluate; the evaluation's summary."""
         config, folder = self.config, self.folder
-        accelerator = None
-        if config.run.log_with:
-            accelerator = Accelerator(
-                cpu=self.device.type == "cpu", log_with=config.run.log_with, project_dir=folder.path
-            )
-            flat = {f"{topic}.{name}": str(v) for topic, part in config.as_dict().items() for name, v in part.items()}
-            accelerator.init_trackers("pong", config=flat)
+        accelerator = self._start_tracker()
         total = config.optimization.rollouts
         with (
             LiveView(
@@ -204,7 +200,7 @@ class PongTrainer:
                 threads=self.threads,
                 on_progress=lambda done, mean: view.update(done, {"mean_score": mean}),
             )
-        return write_evaluation(self.folder, found)
+        return write_evaluation(self.folder, found, "evaluation.json")
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -213,7 +209,8 @@ class PongTrainer:
         self.collector.reset()
         if self.config.game.subtract_background:
             generator = generator_for(self.config.run.seed, "actions", 0)
-            self.network.background.copy_(self.collector.measure_background(_BACKGROUND_STEPS, generator))
+            steps = min(_BACKGROUND_STEPS, self.config.optimization.rollout_steps)
+            self.network.background.copy_(self.collector.measure_background(steps, generator))
         RunFolder.create(self.folder.path, self.config.as_dict())
         self.save_checkpoint()
 
@@ -226,6 +223,7 @@ class PongTrainer:
                 "network": dict(self.network.state_dict()),
                 "learner": self.learner.state(),
                 "collector": self.collector.state(),
+                "threads": self.threads,
                 "rollouts": self.rollouts,
                 "episodes": self.episodes,
                 "elapsed": self.elapsed,

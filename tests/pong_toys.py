@@ -41,7 +41,7 @@ class Clockwork:
     def recv(self) -> Frames:
         self.time += 1
         over = self.time == self.length
-        finals = {int(i): self._frames()[i] for i in np.flatnonzero(over)}
+        finals = {int(i): self._frames()[i] for i in np.flatnonzero(over) if self.ends == "truncated"}
         self.time[over] = 0
         self.episode[over] += 1
         no = np.zeros(self.count, dtype=bool)

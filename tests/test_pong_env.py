@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 
 from pong import env as env_module
 from pong.config import GameConfig, preset
-from pong.env import AtariEnvs
+from pong.env import AtariEnvs, games
 from rlhf.checks import InputError
 from rlhf.run import CheckpointError, load_state, save_state
 
@@ -64,13 +65,19 @@ def test_sticky_actions_differ_from_none() -> None:
     assert not all(np.array_equal(a, b) for a, b in zip(play(plain, 60), play(sticky, 60), strict=True))
 
 
-@pytest.mark.parametrize("actions", [[0, 3], [0, -1], [0], [[0, 0]]])
-def test_an_action_out_of_range_is_refused_before_the_emulator_waits_for_ever(actions: list[int]) -> None:
+@pytest.mark.parametrize("actions", [[0, 3], [0, -1], [0], [[0, 0]], [0.0, 1.0]])
+def test_an_action_out_of_range_is_refused_before_the_emulator_waits_for_ever(actions: list[float]) -> None:
     envs = make()
     envs.reset()
     with pytest.raises(InputError, match=r"0: NOOP, 1: RIGHT, 2: LEFT"):
         envs.send(np.array(actions))
     assert len(play(envs, 1)) == 1  # still alive
+
+
+def test_games_that_the_emulator_cannot_load_are_not_offered() -> None:
+    """It ends the process over these."""
+    assert {"pong", "breakout", "ms_pacman"} <= set(games())
+    assert not {"combat", "joust", "maze_craze", "warlords"} & set(games())
 
 
 def test_an_unknown_game_and_an_unknown_action_are_refused() -> None:
@@ -90,7 +97,13 @@ def test_a_time_limit_truncates_and_shows_the_final_frame_of_that_environment_on
         assert result.truncated.all() == (step == 10)
         assert set(result.final_frames) == ({0, 1} if step == 10 else set())
     np.testing.assert_array_equal(result.frames, first)  # the next episode's first
+    unlimited = make(replace(FAST, noop_max=0))
+    unlimited.reset()
+    for _ in range(10):
+        unlimited.send(np.zeros(2, dtype=int))
+        true = unlimited.recv().frames
     for i in range(2):
+        np.testing.assert_array_equal(result.final_frames[i], true[i])
         assert not np.array_equal(result.final_frames[i], result.frames[i])
 
 
@@ -107,7 +120,7 @@ def test_a_game_that_ends_is_terminated() -> None:
             break
     assert score == -21
     assert not result.truncated[0]
-    assert 0 in result.final_frames
+    assert not result.final_frames
 
 
 @pytest.mark.parametrize("game", [FAST, V5], ids=["fast", "v5"])
@@ -171,3 +184,27 @@ def test_closing_with_a_step_in_flight_returns() -> None:
     envs.reset()
     envs.send(np.zeros(2, dtype=int))
     envs.close()
+
+
+def test_closing_ends_the_emulators_threads() -> None:
+    before = psutil.Process().num_threads()
+    envs = make()
+    envs.reset()
+    assert psutil.Process().num_threads() > before
+    envs.close()
+    assert psutil.Process().num_threads() == before
+
+
+def test_another_seed_plays_other_games_than_the_first(monkeypatch) -> None:
+    """A new seed after some steps must not repeat the same noops for ever."""
+    monkeypatch.setattr(env_module, "RESEED_AFTER", 1)
+    envs = make(replace(FAST, max_frames_per_episode=400), count=1)
+    games_played = set()
+    envs.reset()
+    for _ in range(6):
+        frames = []
+        for _ in range(100):
+            envs.send(np.zeros(1, dtype=int))
+            frames.append(envs.recv().frames.tobytes())
+        games_played.add(tuple(frames))
+    assert len(games_played) > 1

@@ -6,6 +6,7 @@ import torch
 from pong_toys import Clockwork, NewestPixel
 
 from pong.config import AlgorithmConfig
+from pong.env import Frames
 from pong.learning import estimate
 from pong.rollout import Collector, Rollout
 
@@ -47,6 +48,28 @@ def test_all_observations_at_once_are_the_same_stacks() -> None:
     assert observations.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_the_background_is_the_median_and_the_first_rollout_goes_on_from_there() -> None:
+    collect = collector([Clockwork(1, length=100, ends="terminated", first=100)], steps=6)
+    background = collect.measure_background(5, torch.Generator())
+    assert torch.equal(background, torch.full((2, 3), 103.0))  # of 101 ... 105
+    rollout = collect.collect(torch.Generator())
+    assert [greys(rollout, 0, step) for step in range(2)] == [[103, 104, 105], [104, 105, 106]]
+    young = collector([Clockwork(1, length=4, ends="terminated")], steps=6)
+    young.measure_background(5, torch.Generator())
+    rollout = young.collect(torch.Generator())
+    assert [greys(rollout, 0, step) for step in range(3)] == [[10, 10, 11], [10, 11, 12], [11, 12, 13]]
+
+
+def test_rewards_are_clipped_for_learning_and_whole_in_the_score() -> None:
+    class Rich(Clockwork):
+        def recv(self) -> Frames:
+            return super().recv()._replace(rewards=np.full(self.count, 3, dtype=np.float32))
+
+    rollout = collector([Rich(1, length=2, ends="terminated")], steps=4).collect(torch.Generator())
+    assert rollout.rewards.tolist() == [[1, 1, 1, 1]]
+    assert [episode.score for episode in rollout.episodes] == [6, 6]
+
+
 def test_values_are_those_of_the_observation_before_the_action() -> None:
     rollout = collector([Clockwork(2, length=4, ends="terminated")], steps=5).collect(torch.Generator())
     np.testing.assert_array_equal(rollout.values[1], VALUES[[50, 51, 52, 53, 60]])
@@ -66,6 +89,11 @@ def test_a_truncated_episode_is_bootstrapped_from_its_own_final_frame() -> None:
     expected[0, 3] = VALUES[4]  # the episode's fifth frame, not 10, the next episode's first
     expected[0, 5] = VALUES[12]  # what the environment shows after the rollout
     torch.testing.assert_close(rollout.bootstrap_values, expected, rtol=0, atol=0)
+
+
+def test_a_truncation_at_the_rollouts_end_is_bootstrapped_from_the_final_frame_too() -> None:
+    rollout = collector([Clockwork(1, length=4, ends="truncated")], steps=4).collect(torch.Generator())
+    assert float(rollout.bootstrap_values[0, 3]) == float(VALUES[4])  # not 10, the next episode's first frame
 
 
 def test_a_terminated_episode_is_worth_nothing_after_its_end() -> None:
