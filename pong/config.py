@@ -278,7 +278,7 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
     # Advantages are whitened to 1, but values of points are off by a tenth or so: without more weight the critic, and
     # with it all credit at a distance, learns last.
     algorithm = AlgorithmConfig(
-        gamma=0.97 if is_pong else 0.99, gae_lambda=0.9, value_coef=5.0, entropy_coef=0.001 if is_pong else 0.01
+        gamma=0.97 if is_pong else 0.99, gae_lambda=0.9, value_coef=5.0, entropy_coef=0.003 if is_pong else 0.01
     )
     shared = GameConfig(game=game, subtract_background=is_pong, pixel_unit=32.0 if is_pong else 255.0)
     shared = replace(shared, reward_ends_credit=is_pong)
@@ -297,5 +297,5 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
         game=fast,
         algorithm=algorithm,
         network=NetworkConfig(channels=(16, 32), kernels=((8, 6), (4, 3)), strides=(4, 2), hidden=256),
-        optimization=OptimizationConfig(total_steps=800_000, learning_rate=1e-3, final_learning_rate=5e-5),
+        optimization=OptimizationConfig(total_steps=600_000, learning_rate=1e-3, final_learning_rate=5e-5),
     )
