@@ -21,15 +21,18 @@ from matplotlib.figure import Figure
 
 from rlhf.run import read_json_lines
 
+# All parts with the same rollouts, minibatches and steps; those of train_pg, whose returns take longer to be known.
+_SAME = ["--rollout-steps", "256", "--minibatch-size", "512", "--total-steps", "600000"]
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "defaults": {"PPO": ["pong.train_ppo"]},
+    "pg": {"REINFORCE, reward-to-go": ["pong.train_pg"]},
     "v5": {"PPO, preset v5": ["pong.train_ppo", "--preset", "v5"]},
     "parts": {
-        "REINFORCE, whole episode's return": ["pong.train_pg", "--advantage", "episode"],
-        "REINFORCE, reward-to-go": ["pong.train_pg"],
-        "+ baseline": ["pong.train_pg", "--baseline"],
-        "+ GAE": ["pong.train_ppo", "--loss", "reinforce"],
-        "+ clipping, 4 epochs (PPO)": ["pong.train_ppo"],
+        "REINFORCE, whole episode's return": ["pong.train_pg", "--advantage", "episode", *_SAME],
+        "REINFORCE, reward-to-go": ["pong.train_pg", *_SAME],
+        "+ baseline": ["pong.train_pg", "--baseline", *_SAME],
+        "+ GAE": ["pong.train_ppo", "--loss", "reinforce", *_SAME],
+        "+ clipping, 4 epochs (PPO)": ["pong.train_ppo", *_SAME],
     },
     "choices": {
         "gae, clip (PPO)": ["pong.train_ppo"],
@@ -45,7 +48,7 @@ THRESHOLDS = (0, 10, 18, 20)
 class Args:
     """Train every variant with every seed."""
 
-    variants: Literal["defaults", "v5", "parts", "choices"] = "defaults"
+    variants: Literal["defaults", "pg", "v5", "parts", "choices"] = "defaults"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     out: Path = Path("runs/benchmark_pong")
     threads: int | None = None

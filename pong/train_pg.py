@@ -13,16 +13,16 @@ from pathlib import Path
 
 import tyro
 
-from pong.config import AlgorithmConfig, PongConfig, preset
+from pong.config import PongConfig, preset
 from pong.trainer import PongTrainer
 from rlhf.run import reporting_errors
 
 
 def defaults() -> PongConfig:
-    """The fast Pong preset with REINFORCE in PPO's place: long rollouts, so that most returns are known."""
+    """The fast Pong preset with REINFORCE in PPO's place, and rollouts so long that most returns are known."""
     fast = preset("fast")
-    algorithm = AlgorithmConfig(advantage="mc", loss="reinforce", baseline=False)
-    optimization = replace(fast.optimization, rollout_steps=256, minibatch_size=1024, total_steps=1_500_000)
+    algorithm = replace(fast.algorithm, advantage="mc", loss="reinforce", baseline=False)
+    optimization = replace(fast.optimization, rollout_steps=256, minibatch_size=512, total_steps=1_500_000)
     run = replace(fast.run, run_dir=Path("runs/pong_pg"))
     return replace(fast, algorithm=algorithm, optimization=optimization, run=run)
 

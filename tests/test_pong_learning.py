@@ -14,6 +14,7 @@ from pong.network import ActorCritic
 from pong.rollout import Collector, FrameHistory, Rollout
 from rlhf.advantages import episode_returns, gae, monte_carlo_returns, td0_returns
 from rlhf.masking import masked_whiten
+from rlhf.run import load_state, save_state
 
 GAMMA, LAMBDA = 0.9, 0.8
 
@@ -166,6 +167,98 @@ def test_on_policy_all_three_losses_have_the_same_gradient() -> None:
     for other in others:
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["reinforce", "clip", "kl"])
+@pytest.mark.parametrize("max_grad_norm", [1e9, 0.05])
+def test_one_step_follows_the_loss_written_out(loss: str, max_grad_norm: float) -> None:
+    """Away from the policy that collected, with every term and the clipped norm, against plain autograd."""
+    algorithm = plain("gae", loss=loss, kl_coef=0.7, value_coef=0.4)
+    net = network()
+    with torch.no_grad():
+        net.policy.weight.mul_(100)
+    rollout = on_policy(rollout_of(REWARDS), net)
+    rollout = rollout._replace(log_probs=rollout.log_probs + torch.linspace(-0.6, 0.6, 12).view(2, 6))
+    targets = estimate(rollout, algorithm, reward_ends_credit=False)
+
+    logits, values = net(rollout.history.observations())
+    log_p = logits.log_softmax(-1)
+    log_ratio = log_p.gather(-1, rollout.actions.reshape(-1, 1)).squeeze(-1) - rollout.log_probs.flatten()
+    ratio, advantages = log_ratio.exp(), targets.advantages.flatten()
+    policy = {
+        "reinforce": -advantages * log_ratio,
+        "clip": -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages),
+        "kl": -ratio * advantages + 0.7 * (ratio - 1 - log_ratio),
+    }[loss]
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    whole = (policy + 0.4 * 0.5 * (values - targets.returns.flatten()).square() - 0.3 * entropy).mean()
+    expected = torch.autograd.grad(whole, list(net.parameters()))
+    norm = torch.stack([g.norm() for g in expected]).norm()
+    assert norm > 0.05
+
+    learn = Learner(net, algorithm, epochs=1, minibatch_size=12, adam_epsilon=1e-5, max_grad_norm=max_grad_norm)
+    found = learn.update(rollout, targets, learning_rate=1e-9, entropy_coef=0.3, generator=torch.Generator())
+    for parameter, gradient in zip(net.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(
+            parameter.grad, gradient * min(1.0, max_grad_norm / float(norm)), rtol=1e-3, atol=1e-6
+        )
+    assert found["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    assert found["policy/entropy"] == pytest.approx(float(entropy.detach().mean()), rel=1e-4)
+    assert found["policy/kl"] == pytest.approx(float((ratio - 1 - log_ratio).detach().mean()), rel=1e-3)
+
+
+def test_metrics_are_means_over_steps_however_the_minibatches_fall() -> None:
+    """With a mask that differs between minibatches; one of them has no known return at all."""
+    found = []
+    for size in (12, 3, 1):
+        net = network()
+        rollout = on_policy(rollout_of(REWARDS), net)
+        algorithm = plain("mc", baseline=False, loss="clip")
+        targets = estimate(rollout, algorithm, reward_ends_credit=True)
+        assert 0 < targets.action_mask.sum() < 12
+        learn = learner(net, algorithm, minibatch_size=size)
+        found.append(learn.update(rollout, targets, learning_rate=1e-12, entropy_coef=0.0, generator=torch.Generator()))
+    for other in found[1:]:
+        for name in ("policy/loss", "policy/entropy", "policy/kl", "steps_known"):
+            assert other[name] == pytest.approx(found[0][name], rel=1e-4, abs=1e-6)
+
+
+def test_a_rollout_without_any_known_return_changes_no_weight() -> None:
+    net, algorithm = network(), plain("mc", baseline=False, loss="reinforce")
+    rollout = rollout_of([[0.0] * 6, [0.0] * 6])
+    learn = learner(net, algorithm)
+    learn.update(rollout_of(REWARDS), estimate(rollout_of(REWARDS), algorithm, reward_ends_credit=True),
+                 learning_rate=1e-2, entropy_coef=0.0, generator=torch.Generator())  # fmt: skip
+    before = [p.detach().clone() for p in net.parameters()]
+    targets = estimate(rollout, algorithm, reward_ends_credit=True)
+    found = learn.update(rollout, targets, learning_rate=1e-2, entropy_coef=0.0, generator=torch.Generator())
+    assert found == {"steps_known": 0}
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_a_restored_learner_goes_on_as_the_other(tmp_path) -> None:
+    """Through a file: the moments' memory layout, which a file does not keep, and the KL coefficient included."""
+    algorithm = plain("gae", loss="kl")
+    one = learner(network(), algorithm, epochs=2)
+    rollout = on_policy(rollout_of(REWARDS), one.network)
+    targets = estimate(rollout, algorithm, reward_ends_credit=False)
+
+    def step(learn: Learner) -> None:
+        learn.update(rollout, targets, learning_rate=1e-2, entropy_coef=0.0, generator=torch.Generator())
+
+    step(one)
+    assert one.kl_coef != algorithm.kl_coef
+    save_state(tmp_path, {"learner": one.state(), "network": dict(one.network.state_dict())})
+    state = load_state(tmp_path)
+    other = learner(network(seed=1), algorithm, epochs=2)
+    other.network.load_state_dict(state["network"])
+    other.restore(state["learner"])
+    assert other.kl_coef == one.kl_coef
+    step(one)
+    step(other)
+    for a, b in zip(one.network.parameters(), other.network.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("option", ["value_coef", "entropy_coef"])

@@ -13,13 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from pong.config import PongConfig, preset
+from pong.config import AlgorithmConfig, PongConfig, preset
+from pong.learning import Targets, estimate
 from pong.play import load_policy
+from pong.rollout import Rollout
 from pong.train_pg import defaults as pg_defaults
 from pong.train_ppo import parse
 from pong.trainer import PongTrainer
 from rlhf.checks import InputError
-from rlhf.run import load_state, read_json_lines, without_timings
+from rlhf.run import generator_for, load_state, read_json_lines, without_timings
 
 ROOT = Path(__file__).parent.parent
 
@@ -93,6 +95,30 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(tmp_path: Path)
         PongTrainer(small(tmp_path / name, total_steps=512, seed=seed)).train()
         found.append(without_timings(read_json_lines(tmp_path / name / "metrics.jsonl")))
     assert found[0] == found[1] != found[2]
+
+
+def test_schedules_are_linear_and_every_rollout_draws_its_own(tmp_path: Path, monkeypatch) -> None:
+    drawn: list[tuple[object, ...]] = []
+    flags: list[bool] = []
+
+    def recording_generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
+        drawn.append((purpose, *indices))
+        return generator_for(seed, purpose, *indices)  # type: ignore[arg-type]
+
+    def recording_estimate(rollout: Rollout, algorithm: AlgorithmConfig, *, reward_ends_credit: bool) -> Targets:
+        flags.append(reward_ends_credit)
+        return estimate(rollout, algorithm, reward_ends_credit=reward_ends_credit)
+
+    monkeypatch.setattr("pong.trainer.generator_for", recording_generator)
+    monkeypatch.setattr("pong.trainer.estimate", recording_estimate)
+    PongTrainer(small(tmp_path, total_steps=1024)).train()
+    rows = read_json_lines(tmp_path / "metrics.jsonl")
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3 + k / 4 * (5e-5 - 1e-3) for k in range(4)])
+    entropy = preset("fast").algorithm
+    start, end = entropy.entropy_coef, entropy.final_entropy_coef
+    assert [row["entropy_coef"] for row in rows] == pytest.approx([start + k / 4 * (end - start) for k in range(4)])
+    assert len(drawn) == len(set(drawn)) == 1 + 2 * 4  # the background; actions and minibatches of each rollout
+    assert flags == [True] * 4
 
 
 def test_resuming_with_other_options_is_refused(tmp_path: Path) -> None:
