@@ -10,7 +10,7 @@ from rlhf.checks import InputError, check_choice, check_range
 Preset = Literal["fast", "v5"]
 Advantage = Literal["episode", "mc", "td", "gae"]
 PolicyLoss = Literal["reinforce", "clip", "kl"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class OptimizationConfig:
     rollout_steps: int = 128
     """Steps per environment between updates."""
     epochs: int | None = None
-    """Passes over each rollout; None: 1 for loss reinforce (its gradient holds for fresh data only), otherwise 4."""
+    """Passes over each rollout; None: 1 for loss reinforce (its gradient holds for fresh data only), otherwise 3."""
     minibatch_size: int = 256
     """Steps per optimizer step."""
     learning_rate: float = 2.5e-4
@@ -199,8 +199,8 @@ class RunConfig:
     """Fresh episodes that the final policy is scored on; 0: none."""
     device: str = "auto"
     """auto: cuda if there is one."""
-    precision: Precision = "float32"
-    """Of the convolutions and matrix products; weights stay float32."""
+    precision: Precision = "auto"
+    """Of the convolutions and matrix products; weights stay float32. auto: bfloat16 where the device computes in it."""
     threads: int | None = None
     """Cores to use, for the emulator as for torch; None: all that this process may use. A resumed run keeps the number
     that it was started with, since torch's sums depend on it in their last bits."""
@@ -233,7 +233,7 @@ class PongConfig:
     def epochs(self) -> int:
         if self.optimization.epochs is not None:
             return self.optimization.epochs
-        return 1 if self.algorithm.loss == "reinforce" else 4
+        return 1 if self.algorithm.loss == "reinforce" else 3
 
     def as_dict(self) -> dict[str, Any]:
         """JSON's types, for config.json; `resume` is how a run was continued, not what it is, and left out."""
@@ -278,7 +278,7 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
     # Advantages are whitened to 1, but values of points are off by a tenth or so: without more weight the critic, and
     # with it all credit at a distance, learns last.
     algorithm = AlgorithmConfig(
-        gamma=0.97 if is_pong else 0.99, gae_lambda=0.9, value_coef=5.0, entropy_coef=0.003 if is_pong else 0.01
+        gamma=0.97 if is_pong else 0.99, gae_lambda=0.9, value_coef=5.0, entropy_coef=0.005 if is_pong else 0.01
     )
     shared = GameConfig(game=game, subtract_background=is_pong, pixel_unit=32.0 if is_pong else 255.0)
     shared = replace(shared, reward_ends_credit=is_pong)
@@ -297,5 +297,5 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
         game=fast,
         algorithm=algorithm,
         network=NetworkConfig(channels=(16, 32), kernels=((8, 6), (4, 3)), strides=(4, 2), hidden=256),
-        optimization=OptimizationConfig(total_steps=600_000, learning_rate=1e-3, final_learning_rate=5e-5),
+        optimization=OptimizationConfig(total_steps=750_000, learning_rate=8e-4, final_learning_rate=2e-5),
     )

@@ -105,9 +105,10 @@ def load_policy(run_dir: Path) -> tuple[PongConfig, ActorCritic]:
     path = folder.final if is_final else latest_checkpoint(folder.checkpoints)
     if path is None:
         raise InputError(f"{run_dir} has no policy yet: wait for its first checkpoint")
-    weights = load_state(path)["network"]
-    network = build_network(config, actions=len(weights["policy.bias"]))
-    network.load_state_dict(weights)
+    state = load_state(path)
+    network = build_network(config, actions=len(state["network"]["policy.bias"]))
+    network.precision = getattr(torch, state["precision"])
+    network.load_state_dict(state["network"])
     return config, network
 
 

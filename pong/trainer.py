@@ -9,7 +9,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
-from pong.config import PongConfig
+from pong.config import PongConfig, Precision
 from pong.env import AtariEnvs
 from pong.evaluation import evaluate
 from pong.learning import Learner, estimate
@@ -56,7 +56,9 @@ class PongTrainer:
             state = load_state(check_resumable(self.folder, config.as_dict(), may_change=MAY_CHANGE))
         else:
             check_creatable(run.run_dir)
+        # What this machine decides, a resumed run keeps: the last bits depend on it.
         self.threads = run.threads or (cores() if state is None else state["threads"])
+        self.precision = choose_precision(run.precision, self.device) if state is None else state["precision"]
 
         torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False  # exact, and float32 is that
         torch.manual_seed(run.seed)
@@ -66,6 +68,7 @@ class PongTrainer:
             for index in range(_GROUPS)
         ]
         self.network = build_network(config, actions=len(groups[0].action_names)).to(self.device)
+        self.network.precision = getattr(torch, self.precision)
         self.collector = Collector(
             groups, self.network, steps=config.optimization.rollout_steps, stack=config.game.stack
         )
@@ -120,7 +123,7 @@ class PongTrainer:
                 if self.rollouts == total or (every > 0 and self.rollouts % every == 0):
                     self.save_checkpoint()
         self.collector.close()
-        save_state(folder.final, {"network": dict(self.network.state_dict())})
+        save_state(folder.final, {"network": dict(self.network.state_dict()), "precision": self.precision})
         draw_plots(folder, f"{config.game.game}: {config.algorithm.advantage}, {config.algorithm.loss}")
         summary = self._evaluate()
         if accelerator is not None:
@@ -224,6 +227,7 @@ class PongTrainer:
                 "learner": self.learner.state(),
                 "collector": self.collector.state(),
                 "threads": self.threads,
+                "precision": self.precision,
                 "rollouts": self.rollouts,
                 "episodes": self.episodes,
                 "elapsed": self.elapsed,
@@ -253,7 +257,6 @@ def build_network(config: PongConfig, *, actions: int) -> ActorCritic:
         frame_shape=game.frame_shape,
         actions=actions,
         pixel_unit=game.pixel_unit,
-        precision=getattr(torch, config.run.precision),
     )
 
 
@@ -272,6 +275,16 @@ def choose_device(name: str) -> torch.device:
         raise InputError(
             f"device={name!r} cannot be used here ({str(error).splitlines()[0]}): try auto or cpu"
         ) from error
+
+
+def choose_precision(name: Precision, device: torch.device) -> str:
+    """auto: bfloat16 where the device has instructions for it."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that we allow
+    return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
 
 
 def cores() -> int:
