@@ -151,7 +151,7 @@ class OptimizationConfig:
     rollout_steps: int = 128
     """Steps per environment between updates."""
     epochs: int | None = None
-    """Passes over each rollout; None: 1 for loss reinforce (its gradient holds for fresh data only), otherwise 3."""
+    """Passes over each rollout; None: 1 for loss reinforce (its gradient holds for fresh data only), otherwise 4."""
     minibatch_size: int = 256
     """Steps per optimizer step."""
     learning_rate: float = 2.5e-4
@@ -233,7 +233,7 @@ class PongConfig:
     def epochs(self) -> int:
         if self.optimization.epochs is not None:
             return self.optimization.epochs
-        return 1 if self.algorithm.loss == "reinforce" else 3
+        return 1 if self.algorithm.loss == "reinforce" else 4
 
     def as_dict(self) -> dict[str, Any]:
         """JSON's types, for config.json; `resume` is how a run was continued, not what it is, and left out."""
@@ -278,7 +278,7 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
     # Advantages are whitened to 1, but values of points are off by a tenth or so: without more weight the critic, and
     # with it all credit at a distance, learns last.
     algorithm = AlgorithmConfig(
-        gamma=0.97 if is_pong else 0.99, gae_lambda=0.9, value_coef=5.0, entropy_coef=0.005 if is_pong else 0.01
+        gamma=0.97 if is_pong else 0.99, gae_lambda=0.9, value_coef=5.0, entropy_coef=0.003 if is_pong else 0.01
     )
     shared = GameConfig(game=game, subtract_background=is_pong, pixel_unit=32.0 if is_pong else 255.0)
     shared = replace(shared, reward_ends_credit=is_pong)
@@ -297,5 +297,5 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
         game=fast,
         algorithm=algorithm,
         network=NetworkConfig(channels=(16, 32), kernels=((8, 6), (4, 3)), strides=(4, 2), hidden=256),
-        optimization=OptimizationConfig(total_steps=750_000, learning_rate=8e-4, final_learning_rate=2e-5),
+        optimization=OptimizationConfig(total_steps=650_000, learning_rate=2e-3, final_learning_rate=2e-5),
     )

@@ -113,7 +113,7 @@ def test_schedules_are_linear_and_every_rollout_draws_its_own(tmp_path: Path, mo
     monkeypatch.setattr("pong.trainer.estimate", recording_estimate)
     PongTrainer(small(tmp_path, total_steps=1024)).train()
     rows = read_json_lines(tmp_path / "metrics.jsonl")
-    assert [row["lr"] for row in rows] == pytest.approx([1e-3 + k / 4 * (5e-5 - 1e-3) for k in range(4)])
+    assert [row["lr"] for row in rows] == pytest.approx([2e-3 + k / 4 * (2e-5 - 2e-3) for k in range(4)])
     entropy = preset("fast").algorithm
     start, end = entropy.entropy_coef, entropy.final_entropy_coef
     assert [row["entropy_coef"] for row in rows] == pytest.approx([start + k / 4 * (end - start) for k in range(4)])
