@@ -156,7 +156,7 @@ def sampler_importance_weights(
     Args:
         old_log_probs: [..., T] float, nats, of the trainer's policy before this update.
         sampler_log_probs: [..., T] float, nats; same actions, as the sampler reported them.
-        action_mask: [..., T] bool; one sequence per row.
+        action_mask: [..., T] bool; one sequence per row (for "token" any shape will do).
         level, mode: see above.
         high: dimensionless, >= 1; infinity for no upper bound.
         low: dimensionless, 0 <= low <= 1, or None for no lower bound.
@@ -174,9 +174,9 @@ def sampler_importance_weights(
         check_range("low", low, low=0, high=1)
     check_same_shape(old_log_probs=old_log_probs, sampler_log_probs=sampler_log_probs, action_mask=action_mask)
     check_float(old_log_probs=old_log_probs, sampler_log_probs=sampler_log_probs)
-    check_time_axis(old_log_probs=old_log_probs)
     log_ratio = fill_masked(old_log_probs.detach() - sampler_log_probs.detach(), action_mask)
     if level != "token":
+        check_time_axis(old_log_probs=old_log_probs)
         pooled = (masked_sum if level == "sequence" else masked_mean)(log_ratio, action_mask, dim=-1)
         log_ratio = pooled.unsqueeze(-1).expand_as(log_ratio)
     ratio, low = log_ratio.exp(), 0.0 if low is None else low
