@@ -1,4 +1,5 @@
-"""Policy losses that weigh or clip the probability ratio in other ways than PPO, and weights against the sampler.
+"""Policy losses that weigh or clip the probability ratio in other ways than PPO, and what they are combined with:
+weights against the sampler, and the covariance by which entropy is controlled.
 
 As in `rlhf.losses`: unreduced, exactly 0 with exactly 0 gradient where `action_mask` is False, NaN there included.
 """
@@ -49,8 +50,7 @@ def gspo_loss(
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, action_mask=action_mask)
     check_float(log_probs=log_probs, old_log_probs=old_log_probs)
     check_time_axis(log_probs=log_probs)
-    change = fill_masked(log_probs.detach() - old_log_probs.detach(), action_mask)
-    of_sequence = masked_mean(change, action_mask, dim=-1).unsqueeze(-1)
+    of_sequence = masked_mean((log_probs - old_log_probs).detach(), action_mask, dim=-1).unsqueeze(-1)
     # Values of the sequence's log ratio, gradient of each token's: the difference is exactly 0.
     token_form = of_sequence + (log_probs - log_probs.detach())
     return clipped_surrogate_loss(
@@ -90,7 +90,7 @@ def cispo_loss(
         check_range("clip_low", clip_low, low=0, high=1, low_open=True, high_open=True)
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, action_mask=action_mask)
     check_float(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
-    ratio = fill_masked(log_probs.detach() - old_log_probs.detach(), action_mask).exp()
+    ratio = fill_masked((log_probs - old_log_probs).detach(), action_mask).exp()
     weight = ratio.clamp(0.0 if clip_low is None else 1 - clip_low, 1 + clip_high)
     loss = reinforce_loss(log_probs, weight * advantages.detach(), action_mask)
     return SurrogateTerms(loss, ratio, weight != ratio)
@@ -174,7 +174,7 @@ def sampler_importance_weights(
         check_range("low", low, low=0, high=1)
     check_same_shape(old_log_probs=old_log_probs, sampler_log_probs=sampler_log_probs, action_mask=action_mask)
     check_float(old_log_probs=old_log_probs, sampler_log_probs=sampler_log_probs)
-    log_ratio = fill_masked(old_log_probs.detach() - sampler_log_probs.detach(), action_mask)
+    log_ratio = fill_masked((old_log_probs - sampler_log_probs).detach(), action_mask)
     if level != "token":
         check_time_axis(old_log_probs=old_log_probs)
         pooled = (masked_sum if level == "sequence" else masked_mean)(log_ratio, action_mask, dim=-1)
@@ -183,3 +183,28 @@ def sampler_importance_weights(
     bounded = ratio.clamp(low, high)
     weights = bounded if mode == "truncate" else bounded.masked_fill(bounded != ratio, 0.0)
     return fill_masked(weights, action_mask)
+
+
+def token_covariance(log_probs: Tensor, advantages: Tensor, action_mask: Tensor) -> Tensor:
+    """Each action's part in the covariance of log-probability and advantage: (log pi - mean) * (A - mean); detached.
+
+    To first order a natural policy gradient step lowers the entropy in proportion to its sum. Few actions carry most of
+    that sum: KL-Cov penalises the log ratio of the largest, Clip-Cov drops some of them.
+
+    The means are over all slots given: call it on a whole optimizer step, before it is cut into micro-batches.
+
+    Args:
+        log_probs: [...] float, nats.
+        advantages: [...] float, reward units (none once normalised).
+        action_mask: [...] bool.
+    Returns:
+        [...] nats * reward units, without gradient, 0 in masked slots.
+    Raises:
+        InputError: shapes differ or the mask is not bool.
+    Source: Cui et al. 2025, arXiv:2505.22617, section 4.
+    """
+    check_same_shape(log_probs=log_probs, advantages=advantages, action_mask=action_mask)
+    check_float(log_probs=log_probs, advantages=advantages)
+    log_probs, advantages = log_probs.detach(), advantages.detach()
+    centered = (log_probs - masked_mean(log_probs, action_mask)) * (advantages - masked_mean(advantages, action_mask))
+    return fill_masked(centered, action_mask)

@@ -18,7 +18,7 @@ from torch import Tensor
 from rlhf.checks import InputError
 from rlhf.losses import clipped_surrogate_loss, importance_weighted_loss
 from rlhf.masking import masked_mean
-from rlhf.policy_losses import cispo_loss, gspo_loss, sampler_importance_weights, sapo_loss
+from rlhf.policy_losses import cispo_loss, gspo_loss, sampler_importance_weights, sapo_loss, token_covariance
 from rlhf.reduce import count, reduce, sequence_mean
 
 ZERO = torch.zeros(OUTCOMES, dtype=F64)
@@ -127,6 +127,12 @@ def test_gspo_does_not_care_for_the_order_of_tokens(order: list[int]) -> None:
     inputs = (LOG_PROBS, DATA["old_log_probs"], DATA["advantages"], DATA["action_mask"])
     terms, permuted = gspo_loss(*inputs), gspo_loss(*(x[:, order] for x in inputs))
     close(permuted.loss, terms.loss[:, order])
+
+
+def test_gspos_default_bounds_are_the_sources() -> None:
+    x = vector(-0.01, 0.01).unsqueeze(-1)
+    terms = gspo_loss(x, torch.zeros_like(x), torch.tensor([[-1.0], [1.0]], dtype=F64), acted(x))
+    close(terms.loss, torch.tensor([[1 - 3e-4], [-1 - 4e-4]], dtype=F64))
 
 
 def test_gspo_overflow() -> None:
@@ -310,6 +316,34 @@ def test_the_mean_does_not_grow_with_the_length() -> None:
     close(masked_mean(old, acted(old)).exp(), once[0])
 
 
+# --------------------------------------------------------------------------------------------------------- covariance
+@given(logit_lists, advantage_lists, st.floats(-5, 5))
+def test_token_covariance_averages_to_the_covariance(log_probs: list[float], advantages: list[float], x: float) -> None:
+    """Of the population; shifts of either change nothing; a masked slot takes no part."""
+    log_pi, a = vector(*log_probs).requires_grad_(), vector(*advantages)
+    parts = token_covariance(log_pi, a, acted(a))
+    close(parts.mean(), torch.cov(torch.stack([log_pi.detach(), a]), correction=0)[0, 1])
+    close(token_covariance(log_pi + x, a - x, acted(a)), parts, 1e-9)
+    assert not parts.requires_grad
+    padded = [torch.cat([values, vector(torch.nan)]) for values in (log_pi, a)]
+    mask = torch.arange(OUTCOMES + 1) < OUTCOMES
+    assert torch.equal(token_covariance(*padded, mask), torch.cat([parts, vector(0.0)]))
+
+
+@given(advantage_lists)
+def test_the_covariance_is_how_fast_entropy_falls(advantages: list[float]) -> None:
+    """Along a natural policy gradient step, logits + eta * A: dH / d eta = -Cov under pi (weights pi, not counts).
+
+    Repeating each action in proportion to its probability makes the function's plain means the ones under pi.
+    """
+    counts = torch.tensor([1, 2, 3, 4, 6])
+    eta = torch.zeros((), dtype=F64, requires_grad=True)
+    log_pi = (counts.to(F64).log() + eta * vector(*advantages)).log_softmax(-1)
+    fall = gradient((log_pi.exp() * log_pi).sum(), eta)
+    drawn = log_pi.detach().repeat_interleave(counts), vector(*advantages).repeat_interleave(counts)
+    close(token_covariance(*drawn, acted(drawn[0])).mean(), fall)
+
+
 # ------------------------------------------------------------------------------------------------------ bad arguments
 X, Y, M = torch.zeros(2, 3), torch.zeros(3, 2), torch.ones(2, 3, dtype=torch.bool)
 SCALAR, TRUE = torch.tensor(0.0), torch.tensor(True)
@@ -343,6 +377,9 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "weights without time": (lambda: weights(SCALAR, SCALAR, TRUE, level="sequence"), r"must be \[..., T\]"),
     "weights' level": (lambda: weights(X, X, M, level="batch"), "level must be one of 'token', .*got 'batch'"),
     "weights' mode": (lambda: weights(X, X, M, mode="clip"), "mode must be one of 'truncate', 'mask', got 'clip'"),
+    "covariance": (lambda: token_covariance(X, Y, M), r"log_probs \[2, 3\], advantages \[3, 2\]"),
+    "covariance's mask": (lambda: token_covariance(X, X, X), "must be bool"),
+    "covariance's type": (lambda: token_covariance(X, X.long(), M), "advantages must be floating point"),
     "high": (lambda: weights(X, X, M, high=0.9), r"high must be in \[1, inf.*got 0.9"),
     "low": (lambda: weights(X, X, M, low=1.1), r"low must be in \[0, 1\], got 1.1"),
 }  # fmt: skip
