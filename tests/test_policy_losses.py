@@ -325,9 +325,13 @@ def test_token_covariance_averages_to_the_covariance(log_probs: list[float], adv
     close(parts.mean(), torch.cov(torch.stack([log_pi.detach(), a]), correction=0)[0, 1])
     close(token_covariance(log_pi + x, a - x, acted(a)), parts, 1e-9)
     assert not parts.requires_grad
-    padded = [torch.cat([values, vector(torch.nan)]) for values in (log_pi, a)]
     mask = torch.arange(OUTCOMES + 1) < OUTCOMES
-    assert torch.equal(token_covariance(*padded, mask), torch.cat([parts, vector(0.0)]))
+    zeros, nans = (
+        token_covariance(*(torch.cat([values, vector(filler)]) for values in (log_pi, a)), mask)
+        for filler in (0.0, torch.nan)
+    )
+    assert torch.equal(zeros, nans)
+    close(nans, torch.cat([parts, vector(0.0)]), 1e-10)
 
 
 @given(advantage_lists)
