@@ -3,6 +3,8 @@
 All take `action_mask` and give exactly 0, with exactly 0 gradient, where it is False: padding may hold anything. A mask
 applied only after the loss would come too late, since 0 * NaN and 0 * inf are NaN in the backward pass. Where every
 slot is an action (a game), pass `torch.ones_like(x, dtype=torch.bool)`.
+
+More ways to weigh or clip the ratio are in `rlhf.policy_losses`, losses of pairs in `rlhf.preference_losses`.
 """
 
 from typing import NamedTuple
@@ -110,8 +112,11 @@ def clipped_surrogate_loss(
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    dual_clip: float | None = None,
 ) -> SurrogateTerms:
     """PPO's clipped surrogate for each action: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = pi / pi_old.
+
+    The minimum leaves r free upwards where A < 0. `dual_clip` = c bounds it there: -max(min(...), c A).
 
     Args:
         log_probs: [...] float, nats; carries the gradient.
@@ -119,18 +124,25 @@ def clipped_surrogate_loss(
         advantages: [...] float, reward units (none once normalised); detached.
         action_mask: [...] bool.
         clip_low, clip_high: dimensionless, 0 < clip_low < 1, clip_high > 0.
+        dual_clip: the ratio above which an action with A < 0 is clipped, > 1 (the source: 3); None never clips it.
     Returns:
-        SurrogateTerms(loss [...], ratio [...], is_clipped bool [...]: the clipped branch was taken, no gradient).
+        SurrogateTerms(loss [...], ratio [...], is_clipped bool [...]: a clipped branch was taken, no gradient).
     Raises:
         InputError: shapes differ, the mask is not bool or a bound is out of range; names both.
-    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; separate bounds: Yu et al. 2025 (DAPO), arXiv:2503.14476.
+    Source: Schulman et al. 2017, arXiv:1707.06347, eq. 7; separate bounds: Yu et al. 2025 (DAPO), arXiv:2503.14476;
+        dual clip: Ye et al. 2020, arXiv:1912.09729, eq. 5.
     """
     check_range("clip_low", clip_low, low=0, high=1, low_open=True, high_open=True)
     check_range("clip_high", clip_high, low=0, low_open=True)
+    if dual_clip is not None:
+        check_range("dual_clip", dual_clip, low=1, low_open=True)
     log_ratio, advantages = _log_ratio_and_advantages(log_probs, old_log_probs, advantages, action_mask)
     ratio = log_ratio.detach().exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     is_clipped = -bounded * advantages > -ratio * advantages
+    if dual_clip is not None:
+        is_dual = (advantages < 0) & (ratio > dual_clip)
+        bounded, is_clipped = bounded.masked_fill(is_dual, dual_clip), is_clipped | is_dual
     # A clipped action has no gradient: its ratio, which may have overflowed, is kept out of the differentiated exp.
     free = _weighted(log_ratio.masked_fill(is_clipped, 0.0), advantages)
     return SurrogateTerms(-torch.where(is_clipped, bounded * advantages, free), ratio, is_clipped)

@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf.checks import InputError, check_choice, check_mask, check_range
 from rlhf.masking import masked_mean
 
-Reduction = Literal["token_mean", "sequence_mean", "fixed_length"]
+Reduction = Literal["token_mean", "sequence_mean", "sequence_sum", "fixed_length"]
 
 
 def reduce(
@@ -28,11 +28,13 @@ def reduce(
     denominator: Tensor | float,
     length: int | None = None,
 ) -> Tensor:
-    """Reduce by name: `token_mean`, `sequence_mean` or `fixed_length` (which alone takes `length`)."""
+    """Reduce by name: `token_mean`, `sequence_mean`, `sequence_sum` or `fixed_length` (which alone takes `length`)."""
     if how == "token_mean":
         return token_mean(per_token, action_mask, denominator=denominator)
     if how == "sequence_mean":
         return sequence_mean(per_token, action_mask, denominator=denominator)
+    if how == "sequence_sum":
+        return sequence_sum(per_token, action_mask, denominator=denominator)
     check_choice("how", how, get_args(Reduction))
     if length is None:
         raise InputError("how='fixed_length' needs length, the number of tokens every sequence counts as")
@@ -71,6 +73,22 @@ def sequence_mean(per_token: Tensor, action_mask: Tensor, *, denominator: Tensor
     """
     means = masked_mean(per_token, action_mask, dim=-1)
     return masked_mean(means, torch.ones_like(means, dtype=torch.bool), denominator=denominator)
+
+
+def sequence_sum(per_token: Tensor, action_mask: Tensor, *, denominator: Tensor | float) -> Tensor:
+    """Sum over all tokens / denominator, which counts sequences: the mean over sequences of each one's token sum.
+
+    With `log_probs` in the loss, that is the log-probability of the whole sequence: the policy gradient as derived for
+    whole episodes. Gradients grow with the length; `fixed_length` is the same divided by a constant.
+
+    Args:
+        per_token: [B, T] float. action_mask: [B, T] bool; a row without a token counts for nothing.
+        denominator: sequences with any token in the whole optimizer step; below 1 it counts as 1.
+    Returns:
+        [] per_token's unit.
+    Source: Williams 1992, REINFORCE, episodic form; Ahmadian et al. 2024 (RLOO), arXiv:2402.14740, section 3.
+    """
+    return masked_mean(per_token, action_mask, denominator=denominator)
 
 
 def fixed_length(per_token: Tensor, action_mask: Tensor, *, denominator: Tensor | float, length: int) -> Tensor:

@@ -12,14 +12,17 @@ ROOT = Path(__file__).parent.parent
 # Each room and what it may import of this project, besides itself. Core modules are rooms of their own.
 CHECKS, PRIMITIVES = {"rlhf.checks"}, {"rlhf.checks", "rlhf.masking", "rlhf.scan"}
 ESTIMATORS = {"rlhf.advantages", "rlhf.kl", "rlhf.losses", "rlhf.reduce"}
-CORE = PRIMITIVES | ESTIMATORS | {"rlhf.presets"}
+LOSSES = {"rlhf.policy_losses", "rlhf.preference_losses"}
+CORE = PRIMITIVES | ESTIMATORS | LOSSES | {"rlhf.presets"}
 ALLOWED: dict[str, set[str]] = {
     "rlhf": set(),
     "rlhf.checks": set(),
     "rlhf.masking": CHECKS,
     "rlhf.scan": CHECKS,
     **dict.fromkeys(ESTIMATORS, PRIMITIVES),
-    "rlhf.presets": PRIMITIVES | ESTIMATORS,
+    "rlhf.policy_losses": PRIMITIVES | {"rlhf.losses"},
+    "rlhf.preference_losses": PRIMITIVES,
+    "rlhf.presets": PRIMITIVES | ESTIMATORS | LOSSES,
     "rlhf.run": CHECKS,
     "rlhf.lm": CORE | {"rlhf.run"},
     "pong": CORE | {"rlhf.run"},
@@ -91,6 +94,8 @@ def test_imports_point_one_way(path: Path) -> None:
         ("rlhf.scan", "def f():\n    from rlhf.advantages import gae"),
         ("rlhf.losses", "from .kl import kl_estimate"),
         ("rlhf.losses", "from . import reduce"),
+        ("rlhf.losses", "from rlhf.policy_losses import gspo_loss"),
+        ("rlhf.preference_losses", "from rlhf.losses import reinforce_loss"),
         ("rlhf.kl", "from rlhf import *"),
         ("rlhf.reduce", "import numpy as np"),
         ("rlhf.reduce", "if True:\n    from transformers.models import x"),
@@ -125,7 +130,7 @@ def test_a_right_import_passes(module: str, source: str) -> None:
 
 
 def test_the_core_is_where_we_look() -> None:
-    assert set(CORE_MODULES) >= PRIMITIVES | ESTIMATORS
+    assert set(CORE_MODULES) >= PRIMITIVES | ESTIMATORS | LOSSES
 
 
 def test_importing_the_core_loads_torch_and_nothing_else() -> None:

@@ -50,7 +50,7 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "kl_estimator": (["k1", "k2", "k3"], ["k4"]),
         "kl_target": ([None], [0.0, -1.0, math.nan]),
         "kl_horizon": POSITIVE,
-        "reduction": (["token_mean", "sequence_mean", "fixed_length"], ["mean"]),
+        "reduction": (["token_mean", "sequence_mean", "sequence_sum", "fixed_length"], ["mean"]),
     },
     OptimizationConfig: {
         "steps": COUNT,

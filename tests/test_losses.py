@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,7 +24,8 @@ from rlhf.losses import (
     reinforce_loss,
     value_loss,
 )
-from rlhf.reduce import count, reduce
+from rlhf.policy_losses import cispo_loss, gspo_loss, sampler_importance_weights, sapo_loss
+from rlhf.reduce import Reduction, count, reduce
 
 F64 = torch.float64
 GARBAGE = [math.nan, math.inf, -math.inf, 1e30, -1e30]
@@ -44,6 +45,23 @@ LOSSES: dict[str, Callable[[Batch], Tensor]] = {
     "clipped surrogate": lambda b: clipped_surrogate_loss(
         b["log_probs"], b["old_log_probs"], b["advantages"], b["action_mask"], clip_low=0.1, clip_high=0.3
     ).loss,
+    "dual clip": lambda b: clipped_surrogate_loss(
+        b["log_probs"], b["old_log_probs"], b["advantages"], b["action_mask"],
+        clip_low=0.1, clip_high=0.3, dual_clip=1.2,
+    ).loss,
+    "gspo": lambda b: gspo_loss(
+        b["log_probs"], b["old_log_probs"], b["advantages"], b["action_mask"], clip_low=0.1, clip_high=0.1
+    ).loss,
+    "cispo": lambda b: cispo_loss(
+        b["log_probs"], b["old_log_probs"], b["advantages"], b["action_mask"], clip_low=0.1, clip_high=0.3
+    ).loss,
+    "sapo": lambda b: sapo_loss(b["log_probs"], b["old_log_probs"], b["advantages"], b["action_mask"]).loss,
+    "weighted against the sampler": lambda b: LOSSES["clipped surrogate"](b) * sampler_importance_weights(
+        b["old_log_probs"], b["old_values"], b["action_mask"], level="token", mode="truncate", high=2.0
+    ),
+    "weighted against the sampler, by sequence": lambda b: LOSSES["sapo"](b) * sampler_importance_weights(
+        b["old_log_probs"], b["old_values"], b["action_mask"], level="sequence", mode="mask", high=1e6
+    ),
     "kl-penalized, sampled": lambda b: kl_penalized_surrogate_loss(
         b["log_probs"], b["old_log_probs"], b["advantages"], b["action_mask"], kl_coef=0.7
     ).loss,
@@ -61,6 +79,9 @@ LOSSES: dict[str, Callable[[Batch], Tensor]] = {
        for name in ("k1", "k2", "k3")},
 }  # fmt: skip
 every_loss = pytest.mark.parametrize("name", LOSSES)
+# Their gradient is not the derivative of their value: a factor is detached. See test_policy_losses.py.
+DETACHED_FACTOR = {"gspo", "cispo"}
+OF_SEQUENCES = {"gspo", "weighted against the sampler, by sequence"}
 
 
 class TinyModel(torch.nn.Module):
@@ -117,7 +138,7 @@ def acted(x: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- for every loss
 @every_loss
 @pytest.mark.parametrize("garbage", GARBAGE)
-@pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "fixed_length"])
+@pytest.mark.parametrize("how", get_args(Reduction))
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_garbage_in_masked_slots_changes_nothing(name: str, garbage: float, how: Any, dtype: torch.dtype) -> None:
     """Bit for bit, through loss, reduction and backward into the parameters.
@@ -152,13 +173,13 @@ def test_garbage_in_masked_slots_changes_nothing(name: str, garbage: float, how:
 TRAINED = ["log_probs", "values", "logits"]
 
 
-@every_loss
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in DETACHED_FACTOR])
 def test_gradcheck(name: str) -> None:
     """Ratios and values lie away from the clips' kinks, where finite differences see two slopes."""
     data = TinyModel().outputs(random_data(3, 4))
     leaves = [data[key].detach().requires_grad_() for key in TRAINED]
     ratio = (data["log_probs"] - data["old_log_probs"]).exp()
-    assert all((ratio - kink).abs().min() > 1e-4 for kink in (0.9, 1.3))
+    assert all((ratio - kink).abs().min() > 1e-4 for kink in (0.9, 1.2, 1.3))
     assert ((data["values"] - data["old_values"]).abs() - 0.3).abs().min() > 1e-4
 
     def loss(*leaves: Tensor) -> Tensor:
@@ -193,12 +214,14 @@ def test_only_what_is_trained_carries_gradient(name: str) -> None:
 
 @every_loss
 def test_losses_are_elementwise(name: str) -> None:
-    """Each action's loss is its own: any shape, any company."""
+    """Each action's (or sequence's) loss is its own: any shape, any company."""
     batch = TinyModel().outputs(random_data())
     whole = LOSSES[name](batch)
     assert whole.shape == batch["action_mask"].shape
     row = LOSSES[name]({key: x[1] for key, x in batch.items()})
     close(row, whole[1])
+    if name in OF_SEQUENCES:
+        return
     slot = LOSSES[name]({key: x[1, 2] for key, x in batch.items()})
     close(slot, whole[1, 2])
 
@@ -327,6 +350,58 @@ def test_clipping_is_a_pessimistic_bound(advantages: list[float], log_ratios: li
     assert not (terms.is_clipped & mirrored.is_clipped).any()
 
 
+# The same with c = 1.25, below the upper bound of 1.5, and c = 3, above.
+DUAL_TABLE = {
+    "bad, above c": (3.0, -2.0, 4.0, 6.0, 0.0, True),
+    "bad, between the bound and c": (3.0, -2.0, 2.0, 4.0, 4.0, False),
+    "bad, above a c within the bounds": (1.25, -2.0, 1.4, 2.5, 0.0, True),
+    "bad, below c": (1.25, -2.0, 1.2, 2.4, 2.4, False),
+    "bad, below: the lower bound as ever": (1.25, -2.0, 0.5, 1.6, 0.0, True),
+    "good, above c: the upper bound as ever": (1.25, 2.0, 2.0, -3.0, 0.0, True),
+    "good, between c and the bound": (1.25, 2.0, 1.4, -2.8, -2.8, False),
+    "indifferent": (1.25, 0.0, 2.0, 0.0, 0.0, False),
+}
+
+
+@pytest.mark.parametrize(
+    ("dual_clip", "advantage", "ratio", "loss", "gradient", "is_clipped"), DUAL_TABLE.values(), ids=DUAL_TABLE
+)
+def test_dual_clip_table(
+    dual_clip: float, advantage: float, ratio: float, loss: float, gradient: float, is_clipped: bool
+) -> None:
+    log_probs = vector(math.log(ratio) - 1.0).requires_grad_()
+    terms = clipped_surrogate_loss(
+        log_probs, vector(-1.0), vector(advantage), acted(log_probs), clip_high=0.5, dual_clip=dual_clip
+    )
+    close(terms.loss, loss)
+    close(torch.autograd.grad(terms.loss.sum(), log_probs)[0], gradient)
+    assert terms.is_clipped.tolist() == [is_clipped]
+
+
+@given(advantage_lists, logit_lists, st.floats(1.001, 10))
+def test_dual_clip_bounds_the_loss_and_infinity_is_plain(
+    advantages: list[float], log_ratios: list[float], dual_clip: float
+) -> None:
+    """-max(min(r A, clip(r) A), c A) where A < 0, literally; c = inf bit for bit the plain surrogate."""
+    log_probs, a, old = vector(*log_ratios), vector(*advantages), torch.zeros(OUTCOMES, dtype=F64)
+    plain, infinite, dual = (
+        clipped_surrogate_loss(log_probs, old, a, acted(a), dual_clip=c) for c in (None, math.inf, dual_clip)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(plain, infinite, strict=True))
+    close(dual.loss, torch.where(a < 0, -torch.maximum(-plain.loss, dual_clip * a), plain.loss))
+    assert ((dual.loss <= dual_clip * a.abs()) | (a >= 0)).all()
+
+
+@pytest.mark.parametrize("log_ratio", [100.0, 1000.0])
+def test_dual_clip_keeps_an_overflowing_bad_action_finite(log_ratio: float) -> None:
+    log_probs = torch.tensor([log_ratio, -1.0], requires_grad=True)
+    a = torch.tensor([-2.0, -2.0])
+    terms = clipped_surrogate_loss(log_probs, torch.tensor([0.0, -1.0]), a, acted(a), dual_clip=3.0)
+    torch.testing.assert_close(terms.loss.detach(), torch.tensor([6.0, 2.0]))
+    gradient = torch.autograd.grad(terms.loss.sum(), log_probs)[0]
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 2.0]))
+
+
 @pytest.mark.parametrize("name", ["clipped surrogate", "importance weighted", "kl-penalized, sampled"])
 def test_masked_slots_in_the_diagnostics(name: str) -> None:
     log_probs, old, a = torch.zeros(2), torch.tensor([-3.0, -3.0]), torch.ones(2)
@@ -447,6 +522,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "clip_low 0": (lambda: clipped_surrogate_loss(X, X, X, M, clip_low=0.0), r"clip_low must be in \(0, 1\), got 0.0"),
     "clip_low 1": (lambda: clipped_surrogate_loss(X, X, X, M, clip_low=1.0), r"clip_low must be in \(0, 1\), got 1.0"),
     "clip_high 0": (lambda: clipped_surrogate_loss(X, X, X, M, clip_high=0.0), r"clip_high must be in \(0, inf\)"),
+    "dual_clip": (lambda: clipped_surrogate_loss(X, X, X, M, dual_clip=1.0), r"dual_clip must be in \(1, inf.*got 1.0"),
     "kl_coef": (lambda: kl_penalized_surrogate_loss(X, X, X, M, kl_coef=-1.0), r"kl_coef must be in \[0, inf\)"),
     "kl": (lambda: kl_penalized_surrogate_loss(X, X, X, M, kl_coef=1.0, kl=Y), r"log_probs \[2, 3\], kl \[3, 2\]"),
     "value": (lambda: value_loss(X, Y, M), r"values \[2, 3\], returns \[3, 2\]"),

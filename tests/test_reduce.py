@@ -1,7 +1,7 @@
 """Reductions by hand, and the rule they exist for: the gradient does not depend on how the batch was cut."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,10 +11,10 @@ from test_losses import LOSSES, Batch, TinyModel, random_data
 from torch import Tensor
 
 from rlhf.checks import InputError
-from rlhf.reduce import count, fixed_length, reduce, sequence_mean, token_mean
+from rlhf.reduce import Reduction, count, fixed_length, reduce, sequence_mean, sequence_sum, token_mean
 
 F64 = torch.float64
-REDUCTIONS = ["token_mean", "sequence_mean", "fixed_length"]
+REDUCTIONS = list(get_args(Reduction))
 every_reduction = pytest.mark.parametrize("how", REDUCTIONS)
 ROWS = 6
 LENGTH = 10
@@ -31,6 +31,7 @@ MASK = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
 BY_HAND = {
     "token_mean": (4, (1 + 2 + 6 + 5) / 4, [[1 / 4, 1 / 4, 0, 1 / 4], [0, 1 / 4, 0, 0], [0] * 4]),
     "sequence_mean": (2, ((1 + 2 + 6) / 3 + 5) / 2, [[1 / 6, 1 / 6, 0, 1 / 6], [0, 1 / 2, 0, 0], [0] * 4]),
+    "sequence_sum": (2, ((1 + 2 + 6) + 5) / 2, [[1 / 2, 1 / 2, 0, 1 / 2], [0, 1 / 2, 0, 0], [0] * 4]),
     "fixed_length": (2, (1 + 2 + 6 + 5) / (2 * LENGTH), [[0.05, 0.05, 0, 0.05], [0, 0.05, 0, 0], [0] * 4]),
 }
 
@@ -50,6 +51,7 @@ def test_names_are_the_functions() -> None:
         for how, direct in [
             ("token_mean", token_mean(PER_TOKEN, MASK, denominator=denominator)),
             ("sequence_mean", sequence_mean(PER_TOKEN, MASK, denominator=denominator)),
+            ("sequence_sum", sequence_sum(PER_TOKEN, MASK, denominator=denominator)),
             ("fixed_length", fixed_length(PER_TOKEN, MASK, denominator=denominator, length=LENGTH)),
         ]:
             assert torch.equal(reduced(PER_TOKEN, MASK, how, denominator), direct)
@@ -72,6 +74,22 @@ def test_a_denominator_below_one_counts_as_one(how: Any, denominator: Tensor | f
 def test_fixed_length_is_the_one_given_even_where_sequences_are_longer(length: int) -> None:
     result = fixed_length(PER_TOKEN, MASK, denominator=2, length=length)
     assert result.item() == pytest.approx(14 / (2 * length), rel=1e-12)
+
+
+def test_sequence_sum_is_the_log_probability_of_whole_sequences() -> None:
+    """A loss linear in log pi, one advantage per sequence: the policy gradient of the sequence as one action."""
+    log_probs = PER_TOKEN.clone().requires_grad_()
+    advantages = torch.tensor([[2.0], [-3.0], [5.0]], dtype=F64)
+    by_token = sequence_sum(-advantages * log_probs, MASK, denominator=2)
+    whole = -(advantages.squeeze(-1) * (log_probs * MASK).sum(-1)).sum() / 2
+    actual, expected = (torch.autograd.grad(x, log_probs)[0] for x in (by_token, whole))
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("length", [1, 7])
+def test_fixed_length_is_sequence_sum_over_a_constant(length: int) -> None:
+    per_length = sequence_sum(PER_TOKEN, MASK, denominator=2) / length
+    torch.testing.assert_close(fixed_length(PER_TOKEN, MASK, denominator=2, length=length), per_length)
 
 
 def test_token_mean_of_games_needs_no_batch_axis() -> None:
@@ -116,6 +134,7 @@ def test_long_and_short_sequences_weigh_as_the_names_say() -> None:
         shares[how] = torch.autograd.grad(total, per_token)[0].sum(-1).tolist()
     assert shares["token_mean"] == pytest.approx([0.8, 0.2])
     assert shares["sequence_mean"] == pytest.approx([0.5, 0.5])
+    assert shares["sequence_sum"] == pytest.approx([8 / 2, 2 / 2])
     assert shares["fixed_length"] == pytest.approx([0.8 / 2, 0.2 / 2])
 
 
@@ -159,7 +178,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(name: str, how: An
         torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("how", ["token_mean", "sequence_mean", "fixed_length"])
+@every_reduction
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_mean_of_micro_batch_means_would_not(name: str, how: Any) -> None:
     """So the test above can fail. (Row 0 is empty: micro-batches differ in sequences as well as in tokens.)"""
@@ -187,6 +206,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "length": (lambda: fixed_length(PER_TOKEN, MASK, denominator=1, length=0), r"length must be in \[1, inf\)"),
     "shapes": (lambda: token_mean(PER_TOKEN, MASK[:2], denominator=1), r"\[3, 4\].*\[2, 4\]"),
     "rows": (lambda: sequence_mean(PER_TOKEN, MASK[0], denominator=1), r"\[3, 4\].*\[4\]"),
+    "sum's rows": (lambda: sequence_sum(PER_TOKEN, MASK[0], denominator=1), r"\[3, 4\].*\[4\]"),
     "mask": (lambda: token_mean(PER_TOKEN, MASK.double(), denominator=1), "mask must be bool"),
     "count's mask": (lambda: count(MASK.long(), how="token_mean"), "action_mask must be bool"),
     "type": (lambda: token_mean(PER_TOKEN.long(), MASK, denominator=1), "must be floating point"),

@@ -88,7 +88,8 @@ class AlgorithmConfig:
     kl_horizon: float = 10_000
     """Sequences over which the adaptive coefficient reacts; at least those of one step."""
     reduction: Reduction = "token_mean"
-    """How per-token losses become one number: token_mean, sequence_mean or fixed_length (max_new_tokens)."""
+    """How per-token losses become one number: token_mean, sequence_mean, sequence_sum or fixed_length
+    (max_new_tokens)."""
 
     def __post_init__(self) -> None:
         check_choice("advantage", self.advantage, get_args(Advantage))
