@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf.advantages import (
     episode_returns,
     gae,
-    group_normalized_advantages,
     monte_carlo_returns,
     n_step_returns,
     td0_returns,
@@ -356,146 +355,3 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 def test_bad_arguments_are_named(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
-
-
-# --------------------------------------------------------------------------------------------------- group advantages
-@st.composite
-def scored_groups(draw: st.DrawFn, scores: st.SearchStrategy[float] = NUMBER) -> tuple[Tensor, Tensor]:
-    """Scores [B] and group ids: sizes 1 to 4, any numbering, interleaved."""
-    ids = draw(st.lists(st.integers(-(2**40), 2**40), min_size=1, max_size=4, unique=True))
-    members = draw(st.permutations([i for i in ids for _ in range(draw(st.integers(1, 4)))]))
-    values = draw(st.lists(scores, min_size=len(members), max_size=len(members)))
-    return torch.tensor(values, dtype=F64), torch.tensor(members)
-
-
-ROUND = st.integers(-64, 64).map(lambda k: k / 16)  # exactly representable, so equal or clearly different
-
-
-@pytest.mark.parametrize("ddof", [0, 1])
-@pytest.mark.parametrize("epsilon", [0.0, 1e-4])
-@given(scored_groups(ROUND))
-def test_group_advantages_by_their_formula(ddof: int, epsilon: float, case: tuple[Tensor, Tensor]) -> None:
-    scores, ids = case
-    normalised = group_normalized_advantages(scores, ids, ddof=ddof, epsilon=epsilon)
-    centred = group_normalized_advantages(scores, ids, divide_by_std=False)
-    for i, (score, group) in enumerate(zip(scores.tolist(), ids.tolist(), strict=True)):
-        group_scores = scores[ids == group].tolist()
-        mean = sum(group_scores) / len(group_scores)
-        squares = sum((s - mean) ** 2 for s in group_scores)
-        std = math.sqrt(squares / max(len(group_scores) - ddof, 1))
-        close(centred[i], score - mean)
-        close(normalised[i], (score - mean) / (std + epsilon) if std > 0 else 0.0)
-
-
-@pytest.mark.parametrize("ddof", [0, 1])
-@given(scored_groups(ROUND))
-def test_groups_with_signal_have_mean_zero_and_std_one(ddof: int, case: tuple[Tensor, Tensor]) -> None:
-    scores, ids = case
-    advantages = group_normalized_advantages(scores, ids, ddof=ddof)
-    for group in ids.unique():
-        own, own_scores = advantages[ids == group], scores[ids == group]
-        close(own.mean(), 0.0)
-        if len(own_scores.unique()) > 1:
-            close(own.std(correction=ddof), 1.0)
-            assert torch.equal(own.argsort(stable=True), own_scores.argsort(stable=True))
-        else:
-            assert (own == 0).all()
-
-
-@given(scored_groups(ROUND), st.floats(1e-3, 1e3), st.floats(-1e3, 1e3))
-def test_group_advantages_ignore_scale_and_offset(case: tuple[Tensor, Tensor], a: float, b: float) -> None:
-    scores, ids = case
-    # b shifts scores of 1/16 and more; its rounding, 1e-13, is all that may be seen.
-    close(group_normalized_advantages(a * scores, ids), group_normalized_advantages(scores, ids))
-    close(group_normalized_advantages(scores + b, ids), group_normalized_advantages(scores, ids), 1e-9)
-
-
-@given(scored_groups(), st.randoms(use_true_random=False))
-def test_group_numbering_and_order_do_not_matter(case: tuple[Tensor, Tensor], random: Any) -> None:
-    scores, ids = case
-    advantages = group_normalized_advantages(scores, ids)
-    renamed = {group: 7 - 3 * k for k, group in enumerate(random.sample(ids.unique().tolist(), ids.unique().numel()))}
-    close(group_normalized_advantages(scores, torch.tensor([renamed[i] for i in ids.tolist()])), advantages)
-    order = torch.tensor(random.sample(range(len(ids)), len(ids)))
-    close(group_normalized_advantages(scores[order], ids[order]), advantages[order])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("divide_by_std", [True, False])
-@pytest.mark.parametrize("score", [0.1, 0.0, -1 / 3, 5000.1, 1e30])
-def test_equal_scores_and_single_members_give_exactly_zero(
-    dtype: torch.dtype, divide_by_std: bool, score: float
-) -> None:
-    for size in [1, 2, 3, 5, 7, 8, 10, 16, 31, 64, 100]:
-        ids = torch.arange(4).repeat_interleave(size)
-        scores = torch.full((4 * size,), score, dtype=dtype)
-        advantages = group_normalized_advantages(scores, ids, divide_by_std=divide_by_std)
-        assert (advantages == 0).all()
-
-
-@pytest.mark.parametrize("size", [2, 4, 16])
-@pytest.mark.parametrize("offset", [0.0, 0.1, 5000.0, -16384.0])
-@pytest.mark.parametrize("spread", [1.0, 1e-2, 2**-9])
-def test_float32_digits_survive_offsets(size: int, offset: float, spread: float) -> None:
-    scores = offset + spread * torch.randn(size, generator=torch.Generator().manual_seed(size))
-    ids = torch.zeros(size, dtype=torch.int64)
-    exact = group_normalized_advantages(scores.double(), ids)  # of the rounded float32 scores: no rounding is charged
-    torch.testing.assert_close(group_normalized_advantages(scores, ids).double(), exact, rtol=2e-6, atol=2e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("tiny", [1e-10, 1e-20, 1e-30, 1e-37])
-@pytest.mark.parametrize("ddof", [0, 1])
-def test_tiny_differences_are_normalised_like_any_other(dtype: torch.dtype, tiny: float, ddof: int) -> None:
-    """Down to the smallest normal float32: their squares are far below it."""
-    advantages = group_normalized_advantages(torch.tensor([0.0, tiny], dtype=dtype), torch.zeros(2).long(), ddof=ddof)
-    half = math.sqrt(1 / 2) if ddof else 1.0
-    close(advantages, torch.tensor([-half, half], dtype=dtype), 1e-6)
-
-
-@pytest.mark.parametrize("huge", [1e20, 1e38])
-def test_huge_differences_are_normalised_like_any_other(huge: float) -> None:
-    advantages = group_normalized_advantages(torch.tensor([-huge, huge]), torch.zeros(2).long(), ddof=0)
-    close(advantages, torch.tensor([-1.0, 1.0]), 1e-6)
-
-
-SUBNORMAL = torch.tensor([0.0, 1e-45]).double(), torch.tensor([0, 0])
-
-
-@given(scored_groups(st.floats(-1e6, 1e6) | st.floats(5000, 5000.001) | st.floats(-1e-37, 1e-37)))
-@example(SUBNORMAL)
-def test_group_advantages_are_never_nan(case: tuple[Tensor, Tensor]) -> None:
-    scores, ids = case
-    for dtype in (torch.float32, F64):
-        for options in ({}, {"ddof": 0}, {"divide_by_std": False}):
-            assert torch.isfinite(group_normalized_advantages(scores.to(dtype), ids, **options)).all()
-
-
-def test_a_broken_score_is_not_hidden() -> None:
-    """NaN among the scores is a fault upstream; zeros would look like a group without signal."""
-    scores, ids = torch.tensor([0.0, math.nan, 1.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 1, 1])
-    advantages = group_normalized_advantages(scores, ids, ddof=0)
-    assert advantages[:3].isnan().any()
-    assert advantages[3:].tolist() == [-1, 1]
-
-
-def test_group_advantages_are_detached() -> None:
-    scores = torch.tensor([0.0, 1.0], requires_grad=True)
-    assert not group_normalized_advantages(scores, torch.tensor([3, 3])).requires_grad
-
-
-@pytest.mark.parametrize(
-    ("scores", "ids", "options", "message"),
-    [
-        (torch.zeros(3), torch.zeros(2).long(), {}, r"scores \[3\], group_ids \[2\]"),
-        (torch.zeros(3).long(), torch.zeros(3).long(), {}, "scores must be floating point"),
-        (torch.zeros(3), torch.zeros(3), {}, "group_ids must be integers"),
-        (torch.zeros(3), torch.zeros(3).bool(), {}, "group_ids must be integers"),
-        (torch.zeros(2, 3), torch.zeros(2, 3).long(), {}, r"scores must be \[B\].* got \[2, 3\]"),
-        (torch.zeros(3), torch.zeros(3).long(), {"epsilon": -1.0}, "epsilon must be in"),
-        (torch.zeros(3), torch.zeros(3).long(), {"ddof": 2}, "ddof must be in"),
-    ],
-)
-def test_bad_group_arguments_are_named(scores: Tensor, ids: Tensor, options: dict, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        group_normalized_advantages(scores, ids, **options)

@@ -223,7 +223,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "mask shape": (lambda: kl_estimate(X, X, M[0], estimator="k1"), r"action_mask \[3\]"),
     "mask": (lambda: kl_estimate(X, X, M.float(), estimator="k1"), "must be bool"),
     "type": (lambda: kl_estimate(X.long(), X, M, estimator="k1"), "log_probs must be floating point"),
-    "estimator": (lambda: kl_estimate(X, X, M, estimator="k4"), "'k1', 'k2' or 'k3', got 'k4'"),
+    "estimator": (lambda: kl_estimate(X, X, M, estimator="k4"), "'k1', 'k2', 'k3', 'abs', got 'k4'"),
     "logits": (lambda: exact_kl(X, X[:, :2], M[:, 0]), r"logits \[2, 3\], ref_logits \[2, 2\]"),
     "logits and mask": (lambda: exact_kl(X, X, M), r"action_mask \[2, 3\]"),
     "logits' mask": (lambda: exact_kl(X, X, M[:, 0].long()), "action_mask must be bool"),
