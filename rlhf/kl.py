@@ -36,7 +36,7 @@ def kl_estimate(
     k3 = exp(-d) - 1 + d (unbiased, never negative; infinite where d < -88 in float32);
     abs = |d| (biased: of first order in the distance, where the KL is of second).
 
-    Gradients as a loss term, on-policy: 0 on average for k1, the KL's for k2, the reversed KL's for k3, neither for abs.
+    Gradients as a loss term, on-policy: k1 has 0 on average, k2 the KL's, k3 the reversed KL's, abs neither.
     `straight_through` puts k2's in their place: then k1 and k3 are unbiased in value and gradient (elsewhere called
     "k1+", "k3+"). A clamp biases the value, and the gradient, which is exactly 0 where it acts.
 
