@@ -246,7 +246,8 @@ def vtrace(
     They include the ratio: their loss is `reinforce_loss`, without a second one.
 
     On-policy, with no clip below 1, the targets are `td_lambda_returns`. `rho_clip` decides whose V is learnt (pi's if
-    infinite, nearer mu's the smaller it is), `c_clip` how far corrections reach back.
+    infinite, nearer mu's the smaller it is), `c_clip` how far corrections reach back; far above 1, their products of c_t
+    overflow over many steps.
 
     Args:
         rewards: [..., T] float, reward units.
@@ -299,7 +300,7 @@ def reinforce_plus_plus_advantages(
         [..., T], dimensionless, 0 in masked slots.
     Raises:
         InputError: as in `monte_carlo_returns`; ddof or epsilon is negative.
-    Source: Hu et al. 2025, arXiv:2501.03262, section 3.
+    Source: Hu et al. 2025 (REINFORCE++), arXiv:2501.03262.
     """
     returns = monte_carlo_returns(rewards, action_mask, gamma=gamma)
     return masked_whiten(returns, action_mask, ddof=ddof, epsilon=epsilon)
