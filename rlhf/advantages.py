@@ -271,7 +271,7 @@ def vtrace(
     check_same_shape(log_probs=log_probs, behavior_log_probs=behavior_log_probs, action_mask=action_mask)
     check_float(log_probs=log_probs, behavior_log_probs=behavior_log_probs)
     steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
-    ratio = fill_masked(log_probs.detach() - behavior_log_probs.detach(), action_mask).exp().to(rewards.dtype)
+    ratio = (log_probs.detach() - behavior_log_probs.detach()).exp().to(rewards.dtype)
 
     delta = steps.rewards + gamma * steps.next_values - steps.values
     decay = gamma * vtrace_lambda * ratio.clamp(max=c_clip)
@@ -279,7 +279,7 @@ def vtrace(
     next_correction = torch.where(steps.continues, _gather_next(correction, _next_action(action_mask)), 0.0)
     q_minus_value = delta + gamma * vtrace_lambda * next_correction
     advantages = fill_masked(ratio.clamp(max=advantage_rho_clip) * q_minus_value, action_mask)
-    return VTraceEstimate(advantages, fill_masked(correction + steps.values, action_mask))
+    return VTraceEstimate(advantages, correction + steps.values)
 
 
 def reinforce_plus_plus_advantages(

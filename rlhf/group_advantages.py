@@ -104,8 +104,8 @@ def leave_one_out_advantages(
     difference = groups.centred() * groups.size / (groups.size - 1).clamp(min=1)
     advantages = difference * groups.spread
     if divide_by_std:
-        std, exists = _std_of_others(groups)
-        advantages = torch.where(exists, groups.divided(difference, std, epsilon), advantages)
+        std = _std_of_others(groups)
+        advantages = torch.where(std == 0, advantages, groups.divided(difference, std, epsilon))
     return groups.where_signal(advantages)
 
 
@@ -247,13 +247,13 @@ def _grouped(scores: Tensor, group_ids: Tensor) -> _Groups:
     return _Groups(members, size, lowest, spread, has_signal, (scores - lowest) / spread)
 
 
-def _std_of_others(groups: _Groups) -> tuple[Tensor, Tensor]:
-    """Unbiased std of the rest of each one's group, [B] in units of its range, and whether there is one, [B] bool."""
+def _std_of_others(groups: _Groups) -> Tensor:
+    """Unbiased std of the rest of each one's group, [B] in units of its range.
+
+    Exactly 0 if they agree: all of them are 0 or all are 1 then, whose mean is not rounded.
+    """
     x = groups.above
     others = (groups.members[:, None] == groups.members) & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
     mean = torch.where(others, x, 0.0).sum(-1) / (groups.size - 1).clamp(min=1)
     squares = torch.where(others, x - mean[:, None], 0.0).square().sum(-1)
-    # The others agree if all of them stand at the same end of the range; rounding of their mean may hide that.
-    at_ends = [(x == end).to(x.dtype) for end in (0, 1)]
-    low, high = [groups.total(at_end) - at_end == groups.size - 1 for at_end in at_ends]
-    return (squares / (groups.size - 2).clamp(min=1)).sqrt(), (squares > 0) & ~low & ~high
+    return (squares / (groups.size - 2).clamp(min=1)).sqrt()

@@ -274,13 +274,27 @@ def test_a_score_is_not_in_its_own_baseline(case: tuple[Tensor, Tensor], data: s
     close(change, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("score", [0.1, -1 / 3, 5000.1])
+@pytest.mark.parametrize("size", [3, 5, 8, 31, 100])
+def test_others_that_agree_have_no_std(dtype: torch.dtype, score: float, size: int) -> None:
+    """The odd one's difference stays as it is, for one that is better as for one that is worse."""
+    for odd in (score - 1, score + 1):
+        scores = torch.full((size,), score, dtype=dtype)
+        scores[0] = odd
+        divided = leave_one_out_advantages(scores, torch.zeros(size, dtype=torch.int64), divide_by_std=True)
+        close(divided[0], scores[0] - scores[1], 1e-6)
+        # Of the others, each sees the odd one among n - 2 like itself: off the mean by 1 / sqrt(n - 1) of a std.
+        close(divided[1:], math.copysign(1 / math.sqrt(size - 1), score - odd), 1e-5)
+
+
 @pytest.mark.parametrize("rest", [1e-3, 1e-5, 1e-20, 1e-30])
 def test_the_std_of_others_keeps_its_digits_beside_an_outlier(rest: float) -> None:
     """The outlier's others differ by little; E[x^2] - E[x]^2, or the group's squares less its own, would be noise."""
     scores = torch.tensor([0.0, rest, 2 * rest, 1.0])
     ids = torch.zeros(4, dtype=torch.int64)
-    advantages = leave_one_out_advantages(scores, ids, divide_by_std=True, epsilon=1e-6)
-    exact = leave_one_out_advantages(scores.double(), ids, divide_by_std=True, epsilon=1e-6)
+    advantages = leave_one_out_advantages(scores, ids, divide_by_std=True)
+    exact = leave_one_out_advantages(scores.double(), ids, divide_by_std=True)
     if rest > 1e-15:  # else their squares are below the smallest float32, and there is no std
         torch.testing.assert_close(advantages.double(), exact, rtol=1e-5, atol=1e-5)
     assert torch.isfinite(advantages).all()
