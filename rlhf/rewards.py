@@ -52,8 +52,7 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int, scale: fl
         raise InputError(f"lengths must be integers, got {lengths.dtype}")
     check_range("buffer", buffer, low=1, high=max_length)
     check_range("scale", scale, low=0)
-    beyond = (lengths - (max_length - buffer)).clamp(min=0, max=buffer)
-    return -scale * (beyond / buffer)
+    return scale * ((max_length - buffer - lengths).clamp(min=-buffer, max=0) / buffer)
 
 
 def rewards_at_last_action(scores: Tensor, action_mask: Tensor) -> Tensor:
@@ -72,5 +71,5 @@ def rewards_at_last_action(scores: Tensor, action_mask: Tensor) -> Tensor:
     check_time_axis(action_mask=action_mask)
     check_same_shape(scores=scores, action_mask_without_time=action_mask[..., 0])
     steps = torch.arange(action_mask.shape[-1], device=action_mask.device)
-    last = torch.where(action_mask, steps, -1).amax(-1, keepdim=True)
-    return torch.where(action_mask & (steps == last), scores.detach().unsqueeze(-1), 0.0)
+    last = torch.where(action_mask, steps, -1).amax(-1, keepdim=True)  # -1: no action in this row
+    return torch.where(steps == last, scores.detach().unsqueeze(-1), 0.0)
