@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf.checks import InputError, check_float, check_mask, check_range, check_same_shape, check_time_axis
-from rlhf.masking import fill_masked
+from rlhf.masking import fill_masked, masked_whiten
 from rlhf.scan import reverse_linear_scan
 
 
@@ -27,6 +27,13 @@ class AdvantageEstimate(NamedTuple):
 
     advantages: Tensor
     returns: Tensor
+
+
+class VTraceEstimate(NamedTuple):
+    """advantages [..., T] in reward units, importance weight included, and the value function's targets [..., T]."""
+
+    advantages: Tensor
+    targets: Tensor
 
 
 class _Steps(NamedTuple):
@@ -216,55 +223,87 @@ def gae(
     return AdvantageEstimate(advantages, fill_masked(advantages + steps.values, action_mask))
 
 
-def group_normalized_advantages(
-    scores: Tensor, group_ids: Tensor, *, divide_by_std: bool = True, ddof: int = 1, epsilon: float = 0.0
-) -> Tensor:
-    """(score - group mean) / (group std + epsilon), one advantage per sequence, shared by all its tokens.
+def vtrace(
+    rewards: Tensor,
+    values: Tensor,
+    log_probs: Tensor,
+    behavior_log_probs: Tensor,
+    action_mask: Tensor,
+    *,
+    gamma: float = 1.0,
+    vtrace_lambda: float = 1.0,
+    rho_clip: float = 1.0,
+    c_clip: float = 1.0,
+    advantage_rho_clip: float = 1.0,
+    terminated: Tensor | None = None,
+    truncated: Tensor | None = None,
+    bootstrap_values: Tensor | None = None,
+) -> VTraceEstimate:
+    """Targets for V of another policy pi than mu, which acted: v_t = V(s_t) + rho_t delta_t + gamma c_t (v - V)_{t+1}.
 
-    A group without signal (all scores equal, or one member) gets exactly 0: scores are compared with each other, since
-    the std of equal float32 numbers need not be 0. So epsilon is not needed against division by zero, and its default
-    leaves the result invariant to a * score + b (a > 0).
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t), rho_t = min(rho_clip, pi / mu), c_t = vtrace_lambda min(c_clip, pi / mu).
+    Advantages are min(advantage_rho_clip, pi / mu) (q_t - V(s_t)), q_t = r_t + gamma (V + vtrace_lambda (v - V))_{t+1}.
+    They include the ratio: their loss is `reinforce_loss`, without a second one.
+
+    On-policy, with no clip below 1, the targets are `td_lambda_returns`. `rho_clip` decides whose V is learnt (pi's if
+    infinite, nearer mu's the smaller it is), `c_clip` how far corrections reach back; far above 1, the products
+    of c_t overflow over many steps.
 
     Args:
-        scores: [B] float, one verdict per sequence.
-        group_ids: [B] int64, equal for samples of the same prompt; any numbering, any order, any group sizes.
-        divide_by_std: False only centres (Dr. GRPO).
-        ddof: 1 for the unbiased std, 0 for the biased one.
-        epsilon: added to the std, in score units.
+        rewards: [..., T] float, reward units.
+        values: [..., T] float, V(s_t); detached.
+        log_probs, behavior_log_probs: [..., T] float, nats; of the same actions under pi and mu; detached.
+        action_mask: [..., T] bool.
+        gamma, vtrace_lambda: each in [0, 1], per action.
+        rho_clip, c_clip, advantage_rho_clip: dimensionless, > 0, math.inf for none; rho_clip >= c_clip in the source.
+        terminated, truncated: [..., T] bool or None (nowhere); see the module.
+        bootstrap_values: [..., T] float, V of the state after the step; read only where truncated.
     Returns:
-        [B], dimensionless (score units if not divided).
+        VTraceEstimate(advantages [..., T], targets [..., T]), 0 in masked slots.
     Raises:
-        InputError: shapes differ, scores are not [B] floats, group_ids not integers, ddof not 0 or 1, epsilon < 0.
-    Source: Shao et al. 2024 (GRPO), arXiv:2402.03300, section 4.1.2; without std: Liu et al. 2025, arXiv:2503.20783.
+        InputError: shapes differ, a mask is not bool, a coefficient is out of range, truncated without
+            bootstrap_values.
+    Source: Espeholt et al. 2018 (IMPALA), arXiv:1802.01561, eq. 1 and section 4.2; lambda: remark 2.
     """
-    check_same_shape(scores=scores, group_ids=group_ids)
-    check_float(scores=scores)
-    check_range("ddof", ddof, low=0, high=1)
-    check_range("epsilon", epsilon, low=0)
-    if scores.ndim != 1:
-        raise InputError(f"scores must be [B], one per sequence, got {list(scores.shape)}")
-    if group_ids.is_floating_point() or group_ids.dtype == torch.bool:
-        raise InputError(f"group_ids must be integers, got {group_ids.dtype}")
-    scores = scores.detach()
-    _, members = torch.unique(group_ids, return_inverse=True)
-    empty = scores.new_zeros(scores.shape[0])  # at most B groups
-    lowest = empty.scatter_reduce(0, members, scores, "amin", include_self=False)[members]
-    highest = empty.scatter_reduce(0, members, scores, "amax", include_self=False)[members]
-    count = empty.index_add(0, members, torch.ones_like(scores))[members]
+    check_range("vtrace_lambda", vtrace_lambda, low=0, high=1)
+    for name, bound in (("rho_clip", rho_clip), ("c_clip", c_clip), ("advantage_rho_clip", advantage_rho_clip)):
+        check_range(name, bound, low=0, low_open=True)
+    check_same_shape(log_probs=log_probs, behavior_log_probs=behavior_log_probs, action_mask=action_mask)
+    check_float(log_probs=log_probs, behavior_log_probs=behavior_log_probs)
+    steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
+    ratio = (log_probs.detach() - behavior_log_probs.detach()).exp().to(rewards.dtype)
 
-    # In units of the group's own range, from its lowest score: neither a common offset of 5,000 nor differences of
-    # 1e-30, whose squares would vanish, cost any digits.
-    spread = highest - lowest
-    has_signal = ~(spread <= 0)  # a NaN among the scores is no lack of signal: it comes through
-    spread = torch.where(has_signal, spread, 1.0)
-    above = (scores - lowest) / spread
-    centred = above - empty.index_add(0, members, above)[members] / count
-    if divide_by_std:
-        variance = empty.index_add(0, members, centred.square())[members] / (count - ddof).clamp(min=1)
-        advantages = centred / (variance.sqrt() + torch.full_like(spread, epsilon) / spread)
-    else:
-        advantages = centred * spread
-    return torch.where(has_signal, advantages, 0.0)
+    delta = steps.rewards + gamma * steps.next_values - steps.values
+    decay = gamma * vtrace_lambda * ratio.clamp(max=c_clip)
+    correction = _carry(steps, ratio.clamp(max=rho_clip) * delta, decay)  # v_t - V(s_t)
+    next_correction = torch.where(steps.continues, _gather_next(correction, _next_action(action_mask)), 0.0)
+    q_minus_value = delta + gamma * vtrace_lambda * next_correction
+    advantages = fill_masked(ratio.clamp(max=advantage_rho_clip) * q_minus_value, action_mask)
+    return VTraceEstimate(advantages, correction + steps.values)
+
+
+def reinforce_plus_plus_advantages(
+    rewards: Tensor, action_mask: Tensor, *, gamma: float = 1.0, ddof: int = 1, epsilon: float = 1e-8
+) -> Tensor:
+    """Reward-to-go, whitened over all actions of the batch; no value function, no groups.
+
+    REINFORCE++ has minus the KL to the reference in every reward (`kl_estimate(estimator="k1")`) and the score in the
+    last (`rewards_at_last_action`). REINFORCE++-baseline is the same with scores centred within their groups,
+    `group_normalized_advantages(divide_by_std=False)`. Returns that are all equal give exactly 0.
+
+    Args:
+        rewards: [..., T] float, reward units; the whole batch, of all ranks.
+        action_mask: [..., T] bool.
+        gamma: 0 <= gamma <= 1, discount per action.
+        ddof, epsilon: of `masked_whiten`; epsilon in reward units squared.
+    Returns:
+        [..., T], dimensionless, 0 in masked slots.
+    Raises:
+        InputError: as in `monte_carlo_returns`; ddof or epsilon is negative.
+    Source: Hu et al. 2025 (REINFORCE++), arXiv:2501.03262.
+    """
+    returns = monte_carlo_returns(rewards, action_mask, gamma=gamma)
+    return masked_whiten(returns, action_mask, ddof=ddof, epsilon=epsilon)
 
 
 def _steps(
@@ -310,8 +349,8 @@ def _steps(
     return _Steps(rewards, values, next_values, bootstrap, continues, action_mask)
 
 
-def _carry(steps: _Steps, x: Tensor, decay: float) -> Tensor:
-    """y_t = x_t + decay * y_{next action}, cut at episode ends; gaps pass y through untouched."""
+def _carry(steps: _Steps, x: Tensor, decay: float | Tensor) -> Tensor:
+    """y_t = x_t + decay_t * y_{next action}, cut at episode ends; gaps pass y through untouched."""
     decays = torch.where(steps.action_mask, decay * steps.continues.to(x.dtype), 1.0)
     return fill_masked(reverse_linear_scan(fill_masked(x, steps.action_mask), decays), steps.action_mask)
 

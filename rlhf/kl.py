@@ -9,44 +9,83 @@ another matter, and it depends on where the estimate stands:
   is the *reversed* KL's, KL(pi_ref || pi), and only near pi_ref are they alike.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from rlhf.checks import InputError, check_float, check_mask, check_range, check_same_shape
+from rlhf.checks import check_choice, check_float, check_mask, check_range, check_same_shape
 from rlhf.masking import fill_masked
 
-KLEstimator = Literal["k1", "k2", "k3"]
+KLEstimator = Literal["k1", "k2", "k3", "abs"]
 
 
-def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, action_mask: Tensor, *, estimator: KLEstimator) -> Tensor:
+def kl_estimate(
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    action_mask: Tensor,
+    *,
+    estimator: KLEstimator,
+    straight_through: bool = False,
+    clamp_input: float | None = None,
+    clamp_output: float | None = None,
+) -> Tensor:
     """Estimate of KL(pi || pi_ref) from each action drawn from pi. With d = log pi - log pi_ref:
 
     k1 = d (unbiased, high variance, either sign); k2 = d^2 / 2 (biased, low variance);
-    k3 = exp(-d) - 1 + d (unbiased, never negative; infinite where d < -88 in float32).
+    k3 = exp(-d) - 1 + d (unbiased, never negative; infinite where d < -88 in float32);
+    abs = |d| (biased: of first order in the distance, where the KL is of second).
+
+    Gradients as a loss term, on-policy: k1 has 0 on average, k2 the KL's, k3 the reversed KL's, abs neither.
+    `straight_through` puts k2's in their place: then k1 and k3 are unbiased in value and gradient (elsewhere called
+    "k1+", "k3+"). A clamp biases the value, and the gradient, which is exactly 0 where it acts.
 
     Args:
         log_probs: [...] float, nats; carries the gradient.
         ref_log_probs: [...] float, nats; same actions; detached.
         action_mask: [...] bool.
-        estimator: "k1", "k2" or "k3".
+        estimator: "k1", "k2", "k3" or "abs".
+        straight_through: the gradient is that of k2, without clamps, whatever the value.
+        clamp_input: nats, > 0; d is held within +-clamp_input. None does not clamp.
+        clamp_output: nats, > 0; the estimate is held within +-clamp_output. None does not clamp.
     Returns:
         [...] nats, 0 in masked slots.
     Raises:
-        InputError: shapes differ, the mask is not bool, unknown estimator.
-    Source: Schulman 2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html.
+        InputError: shapes differ, the mask is not bool, unknown estimator, a clamp is not positive.
+    Source: Schulman 2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html; gradients: Tang & Munos 2025,
+        arXiv:2506.09477.
     """
     check_same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs, action_mask=action_mask)
     check_float(log_probs=log_probs, ref_log_probs=ref_log_probs)
+    check_choice("estimator", estimator, get_args(KLEstimator))
     difference = fill_masked(log_probs - ref_log_probs.detach(), action_mask)
+    estimate = _estimate(difference, estimator, clamp_input, clamp_output)
+    if not straight_through:
+        return estimate
+    k2 = 0.5 * difference.square()
+    return estimate.detach() + (k2 - k2.detach())
+
+
+def _estimate(
+    difference: Tensor, estimator: KLEstimator, clamp_input: float | None, clamp_output: float | None
+) -> Tensor:
+    if clamp_input is not None:
+        check_range("clamp_input", clamp_input, low=0, low_open=True)
+        difference = difference.clamp(-clamp_input, clamp_input)
+    if clamp_output is not None:
+        check_range("clamp_output", clamp_output, low=0, low_open=True)
+        # Every estimate is larger than c where |d| > c + 1, so this changes none; but no exp overflows, whose gradient
+        # would be 0 * inf.
+        difference = difference.clamp(-clamp_output - 1, clamp_output + 1)
     if estimator == "k1":
-        return difference
-    if estimator == "k2":
-        return 0.5 * difference.square()
-    if estimator == "k3":
-        return torch.expm1(-difference) + difference
-    raise InputError(f"estimator must be 'k1', 'k2' or 'k3', got {estimator!r}")
+        estimate = difference
+    elif estimator == "k2":
+        estimate = 0.5 * difference.square()
+    elif estimator == "k3":
+        estimate = torch.expm1(-difference) + difference
+    else:
+        estimate = difference.abs()
+    return estimate if clamp_output is None else estimate.clamp(-clamp_output, clamp_output)
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor, action_mask: Tensor) -> Tensor:

@@ -11,20 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf.advantages import (
+    VTraceEstimate,
     episode_returns,
     gae,
-    group_normalized_advantages,
     monte_carlo_returns,
     n_step_returns,
+    reinforce_plus_plus_advantages,
     td0_returns,
     td_lambda_returns,
+    vtrace,
 )
 from rlhf.checks import InputError
+from rlhf.masking import masked_var
 
 F64 = torch.float64
 GARBAGE = [math.nan, math.inf, -math.inf, 1e30]
@@ -40,12 +43,22 @@ class Rollout:
     terminated: Tensor
     truncated: Tensor
     bootstrap_values: Tensor
+    log_ratios: Tensor  # log pi - log mu of the actions
 
     def ends(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ("terminated", "truncated", "bootstrap_values")}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Rollout":
         return Rollout(**{name: change(x) for name, x in vars(self).items()})
+
+
+VTRACE = {"vtrace_lambda": 0.8, "rho_clip": 1.2, "c_clip": 0.9, "advantage_rho_clip": 1.1}
+
+
+def corrected(r: Rollout, gamma: float, **options: float) -> VTraceEstimate:
+    """V-trace; NaN and infinities of the log-ratio are in both log-probs."""
+    arguments = (r.rewards, r.values, 0.75 * r.log_ratios - 1, -0.25 * r.log_ratios - 1, r.action_mask)
+    return vtrace(*arguments, gamma=gamma, **r.ends(), **options)
 
 
 Estimator = Callable[[Rollout, float], Tensor]
@@ -62,6 +75,8 @@ ESTIMATORS: dict[str, Estimator] = {
        for lam in (0.0, 0.95, 1.0)},
     "gae(0.9).returns": lambda r, gamma: gae(
         r.rewards, r.values, r.action_mask, gae_lambda=0.9, gamma=gamma, **r.ends()).returns,
+    "vtrace.targets": lambda r, gamma: corrected(r, gamma, **VTRACE).targets,
+    "vtrace.advantages": lambda r, gamma: corrected(r, gamma, **VTRACE).advantages,
 }  # fmt: skip
 every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
 gammas = st.sampled_from([0.0, 0.5, 0.97, 1.0])
@@ -75,6 +90,7 @@ class Episode:
     slots: list[int]  # where its actions stand in the row
     rewards: list[float]
     values: list[float]
+    ratios: list[float]
     tail: float  # worth of what follows the last action
 
     def __len__(self) -> int:
@@ -91,7 +107,8 @@ def episodes(row: Rollout) -> Iterator[Episode]:
         truncated = columns["truncated"][t] and not terminated
         if terminated or truncated or t == actions[-1]:
             rewards, values = ([columns[name][s] for s in slots] for name in ("rewards", "values"))
-            yield Episode(slots, rewards, values, columns["bootstrap_values"][t] if truncated else 0.0)
+            ratios = [math.exp(columns["log_ratios"][s]) for s in slots]
+            yield Episode(slots, rewards, values, ratios, columns["bootstrap_values"][t] if truncated else 0.0)
             slots = []
 
 
@@ -114,6 +131,24 @@ def gae_sum(e: Episode, t: int, lam: float, gamma: float) -> float:
     return sum((gamma * lam) ** k * delta for k, delta in enumerate(deltas[t:]))
 
 
+def vtrace_target(e: Episode, t: int, gamma: float) -> float:
+    """Equation 1: every later TD error, weighted by the product of the c on the way to it."""
+    next_values, target = [*e.values[1:], e.tail], e.values[t]
+    for k in range(t, len(e)):
+        path = math.prod(VTRACE["vtrace_lambda"] * min(VTRACE["c_clip"], ratio) for ratio in e.ratios[t:k])
+        delta = e.rewards[k] + gamma * next_values[k] - e.values[k]
+        target += gamma ** (k - t) * path * min(VTRACE["rho_clip"], e.ratios[k]) * delta
+    return target
+
+
+def vtrace_advantage(e: Episode, t: int, gamma: float) -> float:
+    following = e.tail
+    if t + 1 < len(e):
+        lam = VTRACE["vtrace_lambda"]
+        following = lam * vtrace_target(e, t + 1, gamma) + (1 - lam) * e.values[t + 1]
+    return min(VTRACE["advantage_rho_clip"], e.ratios[t]) * (e.rewards[t] + gamma * following - e.values[t])
+
+
 Oracle = Callable[[Episode, int, float], float]
 FOR_EVER = 10**6
 ORACLES: dict[str, Oracle] = {
@@ -124,6 +159,8 @@ ORACLES: dict[str, Oracle] = {
     **{f"td({lam})": lambda e, t, gamma, lam=lam: lambda_target(e, t, lam, gamma) for lam in (0.0, 0.7, 1.0)},
     **{f"gae({lam}).advantages": lambda e, t, gamma, lam=lam: gae_sum(e, t, lam, gamma) for lam in (0.0, 0.95, 1.0)},
     "gae(0.9).returns": lambda e, t, gamma: gae_sum(e, t, 0.9, gamma) + e.values[t],
+    "vtrace.targets": vtrace_target,
+    "vtrace.advantages": vtrace_advantage,
 }
 
 
@@ -138,6 +175,7 @@ def expected(name: str, rollout: Rollout, gamma: float) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------------- the inputs
 NUMBER = st.floats(-4, 4)
+LOG_RATIO = st.floats(-1, 1)  # from 0.37 to 2.7: on both sides of every clip
 
 
 @st.composite
@@ -145,7 +183,7 @@ def rollouts(draw: st.DrawFn, max_steps: int = 9, gaps: bool = True, ends: bool 
     rows, steps = draw(st.integers(1, 2)), draw(st.integers(1, max_steps))
     flag = st.sampled_from([False, False, True]) if ends else st.just(False)
     slot = st.tuples(
-        NUMBER, NUMBER, st.sampled_from([True, True, False]) if gaps else st.just(True), flag, flag, NUMBER
+        NUMBER, NUMBER, st.sampled_from([True, True, False]) if gaps else st.just(True), flag, flag, NUMBER, LOG_RATIO
     )
     columns = zip(*draw(st.lists(slot, min_size=rows * steps, max_size=rows * steps)), strict=True)
     return Rollout(
@@ -155,10 +193,12 @@ def rollouts(draw: st.DrawFn, max_steps: int = 9, gaps: bool = True, ends: bool 
 
 def random_rollout(rows: int, steps: int, dtype: torch.dtype = F64, seed: int = 0) -> Rollout:
     generator = torch.Generator().manual_seed(seed)
-    rewards, values, bootstrap_values = (torch.randn(rows, steps, generator=generator, dtype=F64) for _ in range(3))
+    rewards, values, bootstrap_values, log_ratios = (
+        torch.randn(rows, steps, generator=generator, dtype=F64).to(dtype) for _ in range(4)
+    )
     chances = torch.rand(3, rows, steps, generator=generator)
     mask, terminated, truncated = chances[0] < 0.7, chances[1] < 0.05, chances[2] < 0.05
-    return Rollout(rewards.to(dtype), values.to(dtype), mask, terminated, truncated, bootstrap_values.to(dtype))
+    return Rollout(rewards, values, mask, terminated, truncated, bootstrap_values, log_ratios)
 
 
 def close(actual: Tensor, wanted: Tensor | float, tolerance: float = 1e-11) -> None:
@@ -199,6 +239,83 @@ def test_reductions_to_each_other(r: Rollout, gamma: float, lam: float) -> None:
     estimate = gae(*arguments, gae_lambda=lam, **common)
     close(td_lambda_returns(*arguments, td_lambda=lam, **common), estimate.advantages + acted_values)
     close(estimate.returns, estimate.advantages + acted_values)
+
+
+# ------------------------------------------------------------------------------------------------------------ V-trace
+@given(rollouts(), gammas, st.floats(0, 1))
+def test_vtrace_on_policy_is_the_lambda_return(r: Rollout, gamma: float, lam: float) -> None:
+    on_policy = replace(r, log_ratios=torch.zeros_like(r.rewards))
+    acted_values = torch.where(r.action_mask, r.values, 0.0)
+    arguments = (r.rewards, r.values, r.action_mask)
+    estimate = corrected(on_policy, gamma, vtrace_lambda=lam)
+    lambda_returns = td_lambda_returns(*arguments, td_lambda=lam, gamma=gamma, **r.ends())
+    close(estimate.targets, lambda_returns)
+    close(estimate.advantages, lambda_returns - acted_values)  # gae's
+    close(corrected(on_policy, gamma).targets, monte_carlo_returns(r.rewards, r.action_mask, gamma=gamma, **r.ends()))
+
+
+@given(rollouts(), gammas)
+def test_vtrace_limits_in_its_clips(r: Rollout, gamma: float) -> None:
+    acted_values = torch.where(r.action_mask, r.values, 0.0)
+    td_errors = td0_returns(r.rewards, r.values, r.action_mask, gamma=gamma, **r.ends()) - acted_values
+    never = corrected(replace(r, log_ratios=torch.full_like(r.rewards, -800.0)), gamma)  # pi would not do any of this
+    close(never.targets, acted_values)
+    assert (never.advantages == 0).all()
+    unclipped = corrected(r, gamma, vtrace_lambda=0.0, rho_clip=math.inf, advantage_rho_clip=math.inf)
+    ratios = r.log_ratios.exp()
+    close(unclipped.targets, acted_values + ratios * td_errors)
+    close(unclipped.advantages, ratios * td_errors)
+    always = corrected(replace(r, log_ratios=torch.full_like(r.rewards, 800.0)), gamma)  # a ratio that overflows
+    close(always.targets, monte_carlo_returns(r.rewards, r.action_mask, gamma=gamma, **r.ends()))
+
+
+@pytest.mark.parametrize("rho_clip", [math.inf, 1.0, 0.7])
+def test_vtrace_learns_the_value_of_the_policy_between_mu_and_pi(rho_clip: float) -> None:
+    """One action, worth 1 or 0. Targets rest at the value of the policy proportional to min(rho_clip mu, pi)."""
+    mu, pi = torch.tensor([0.2, 0.8], dtype=F64), torch.tensor([0.6, 0.4], dtype=F64)
+    towards = torch.minimum(rho_clip * mu, pi)
+    value = towards[0] / towards.sum()
+    rewards = torch.tensor([[1.0], [0.0]], dtype=F64)
+    everywhere = torch.ones(2, 1, dtype=torch.bool)
+    log_probs = (pi.log()[:, None], mu.log()[:, None])
+    estimate = vtrace(rewards, value.expand(2, 1), *log_probs, everywhere, rho_clip=rho_clip, c_clip=min(rho_clip, 1.0))
+    close((mu[:, None] * (estimate.targets - value)).sum(), 0.0)
+    if rho_clip == math.inf:
+        close(value, pi[0])
+
+
+# -------------------------------------------------------------------------------------------------------- REINFORCE++
+def test_reinforce_plus_plus_is_the_whitened_reward_to_go() -> None:
+    rollout = random_rollout(5, 40)
+    mask = rollout.action_mask
+    advantages = reinforce_plus_plus_advantages(rollout.rewards, mask, gamma=0.9)
+    returns = monte_carlo_returns(rollout.rewards, mask, gamma=0.9)[mask]
+    close(advantages[mask], (returns - returns.mean()) / returns.std(), 1e-7)  # epsilon is 1e-8
+    assert (advantages[~mask] == 0).all()
+    biased = reinforce_plus_plus_advantages(rollout.rewards, mask, gamma=0.9, ddof=0, epsilon=0.0)[mask]
+    close(biased, (returns - returns.mean()) / returns.std(correction=0))
+    close(biased.mean(), 0.0)
+    close(biased.std(correction=0), 1.0)
+
+
+@given(rollouts(), gammas, st.floats(0.1, 10), st.sampled_from(GARBAGE))
+def test_reinforce_plus_plus_ignores_scale_and_masked_slots(
+    r: Rollout, gamma: float, scale: float, garbage: float
+) -> None:
+    def advantages(rewards: Tensor) -> Tensor:
+        return reinforce_plus_plus_advantages(rewards, r.action_mask, gamma=gamma, epsilon=0.0)
+
+    rewards = r.rewards.round(decimals=1)  # 0, or far from the smallest numbers
+    assert torch.equal(advantages(torch.where(r.action_mask, rewards, garbage)), advantages(rewards))
+    if masked_var(monte_carlo_returns(rewards, r.action_mask, gamma=gamma), r.action_mask) > 1e-3:
+        close(advantages(scale * rewards), advantages(rewards), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("score", [0.1, -1 / 3, 5000.1])
+def test_reinforce_plus_plus_of_equal_returns_is_exactly_zero(dtype: torch.dtype, score: float) -> None:
+    rewards = torch.nn.functional.pad(torch.full((6, 1), score, dtype=dtype), (8, 0))
+    assert (reinforce_plus_plus_advantages(rewards, torch.ones(6, 9, dtype=torch.bool)) == 0).all()
 
 
 # -------------------------------------------------------------------------------------------------------- invariances
@@ -252,6 +369,7 @@ def test_garbage_where_nothing_is_read_changes_nothing(name: str, garbage: float
         terminated=torch.where(mask, clean.terminated, coin),
         truncated=torch.where(mask, clean.truncated, ~coin),
         bootstrap_values=torch.where(mask & clean.truncated & ~clean.terminated, clean.bootstrap_values, garbage),
+        log_ratios=torch.where(mask, clean.log_ratios, garbage),
     )
     assert torch.equal(ESTIMATORS[name](dirty, 0.97), ESTIMATORS[name](clean, 0.97))
 
@@ -259,7 +377,7 @@ def test_garbage_where_nothing_is_read_changes_nothing(name: str, garbage: float
 @every_estimator
 def test_results_are_detached_and_inputs_untouched(name: str) -> None:
     rollout = random_rollout(2, 20)
-    for x in (rollout.rewards, rollout.values, rollout.bootstrap_values):
+    for x in (rollout.rewards, rollout.values, rollout.bootstrap_values, rollout.log_ratios):
         x.requires_grad_()
     copies = rollout.map(lambda x: x.detach().clone())
     assert not ESTIMATORS[name](rollout, 0.9).requires_grad
@@ -290,7 +408,9 @@ def constant_reward(steps: int, gamma: float, reward: float = 2.0) -> tuple[Roll
     value = reward / (1 - gamma)
     full = torch.full((1, steps), 1.0, dtype=F64)
     last = torch.arange(steps)[None] == steps - 1
-    return Rollout(reward * full, value * full, full.bool(), torch.zeros_like(last), last, value * full), value
+    return Rollout(
+        reward * full, value * full, full.bool(), torch.zeros_like(last), last, value * full, 0 * full
+    ), value
 
 
 @pytest.mark.parametrize("steps", [1, 7, 40])
@@ -349,6 +469,13 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "td lambda": (lambda: td_lambda_returns(X, X, M, td_lambda=2), r"td_lambda must be in \[0, 1\]"),
     "n": (lambda: n_step_returns(X, X, M, n=0), r"n must be in \[1, inf\)"),
     "bootstrap": (lambda: td0_returns(X, X, M, truncated=M), "truncated needs bootstrap_values"),
+    "vtrace log-probs": (lambda: vtrace(X, X, X, X[0], M), r"log_probs \[2, 3\], behavior_log_probs \[3\]"),
+    "vtrace values": (lambda: vtrace(X, X[0], X, X, M), r"values \[3\]"),
+    "vtrace types": (lambda: vtrace(X, X, X.long(), X, M), "log_probs must be floating point"),
+    "vtrace lambda": (lambda: vtrace(X, X, X, X, M, vtrace_lambda=1.1), "vtrace_lambda must be in"),
+    "vtrace clip": (lambda: vtrace(X, X, X, X, M, c_clip=0.0), r"c_clip must be in \(0, inf\)"),
+    "whitening": (lambda: reinforce_plus_plus_advantages(X, M, epsilon=-1.0), "epsilon must be in"),
+    "reinforce++ gamma": (lambda: reinforce_plus_plus_advantages(X, M, gamma=2.0), "gamma must be in"),
 }
 
 
@@ -356,146 +483,3 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 def test_bad_arguments_are_named(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
-
-
-# --------------------------------------------------------------------------------------------------- group advantages
-@st.composite
-def scored_groups(draw: st.DrawFn, scores: st.SearchStrategy[float] = NUMBER) -> tuple[Tensor, Tensor]:
-    """Scores [B] and group ids: sizes 1 to 4, any numbering, interleaved."""
-    ids = draw(st.lists(st.integers(-(2**40), 2**40), min_size=1, max_size=4, unique=True))
-    members = draw(st.permutations([i for i in ids for _ in range(draw(st.integers(1, 4)))]))
-    values = draw(st.lists(scores, min_size=len(members), max_size=len(members)))
-    return torch.tensor(values, dtype=F64), torch.tensor(members)
-
-
-ROUND = st.integers(-64, 64).map(lambda k: k / 16)  # exactly representable, so equal or clearly different
-
-
-@pytest.mark.parametrize("ddof", [0, 1])
-@pytest.mark.parametrize("epsilon", [0.0, 1e-4])
-@given(scored_groups(ROUND))
-def test_group_advantages_by_their_formula(ddof: int, epsilon: float, case: tuple[Tensor, Tensor]) -> None:
-    scores, ids = case
-    normalised = group_normalized_advantages(scores, ids, ddof=ddof, epsilon=epsilon)
-    centred = group_normalized_advantages(scores, ids, divide_by_std=False)
-    for i, (score, group) in enumerate(zip(scores.tolist(), ids.tolist(), strict=True)):
-        group_scores = scores[ids == group].tolist()
-        mean = sum(group_scores) / len(group_scores)
-        squares = sum((s - mean) ** 2 for s in group_scores)
-        std = math.sqrt(squares / max(len(group_scores) - ddof, 1))
-        close(centred[i], score - mean)
-        close(normalised[i], (score - mean) / (std + epsilon) if std > 0 else 0.0)
-
-
-@pytest.mark.parametrize("ddof", [0, 1])
-@given(scored_groups(ROUND))
-def test_groups_with_signal_have_mean_zero_and_std_one(ddof: int, case: tuple[Tensor, Tensor]) -> None:
-    scores, ids = case
-    advantages = group_normalized_advantages(scores, ids, ddof=ddof)
-    for group in ids.unique():
-        own, own_scores = advantages[ids == group], scores[ids == group]
-        close(own.mean(), 0.0)
-        if len(own_scores.unique()) > 1:
-            close(own.std(correction=ddof), 1.0)
-            assert torch.equal(own.argsort(stable=True), own_scores.argsort(stable=True))
-        else:
-            assert (own == 0).all()
-
-
-@given(scored_groups(ROUND), st.floats(1e-3, 1e3), st.floats(-1e3, 1e3))
-def test_group_advantages_ignore_scale_and_offset(case: tuple[Tensor, Tensor], a: float, b: float) -> None:
-    scores, ids = case
-    # b shifts scores of 1/16 and more; its rounding, 1e-13, is all that may be seen.
-    close(group_normalized_advantages(a * scores, ids), group_normalized_advantages(scores, ids))
-    close(group_normalized_advantages(scores + b, ids), group_normalized_advantages(scores, ids), 1e-9)
-
-
-@given(scored_groups(), st.randoms(use_true_random=False))
-def test_group_numbering_and_order_do_not_matter(case: tuple[Tensor, Tensor], random: Any) -> None:
-    scores, ids = case
-    advantages = group_normalized_advantages(scores, ids)
-    renamed = {group: 7 - 3 * k for k, group in enumerate(random.sample(ids.unique().tolist(), ids.unique().numel()))}
-    close(group_normalized_advantages(scores, torch.tensor([renamed[i] for i in ids.tolist()])), advantages)
-    order = torch.tensor(random.sample(range(len(ids)), len(ids)))
-    close(group_normalized_advantages(scores[order], ids[order]), advantages[order])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("divide_by_std", [True, False])
-@pytest.mark.parametrize("score", [0.1, 0.0, -1 / 3, 5000.1, 1e30])
-def test_equal_scores_and_single_members_give_exactly_zero(
-    dtype: torch.dtype, divide_by_std: bool, score: float
-) -> None:
-    for size in [1, 2, 3, 5, 7, 8, 10, 16, 31, 64, 100]:
-        ids = torch.arange(4).repeat_interleave(size)
-        scores = torch.full((4 * size,), score, dtype=dtype)
-        advantages = group_normalized_advantages(scores, ids, divide_by_std=divide_by_std)
-        assert (advantages == 0).all()
-
-
-@pytest.mark.parametrize("size", [2, 4, 16])
-@pytest.mark.parametrize("offset", [0.0, 0.1, 5000.0, -16384.0])
-@pytest.mark.parametrize("spread", [1.0, 1e-2, 2**-9])
-def test_float32_digits_survive_offsets(size: int, offset: float, spread: float) -> None:
-    scores = offset + spread * torch.randn(size, generator=torch.Generator().manual_seed(size))
-    ids = torch.zeros(size, dtype=torch.int64)
-    exact = group_normalized_advantages(scores.double(), ids)  # of the rounded float32 scores: no rounding is charged
-    torch.testing.assert_close(group_normalized_advantages(scores, ids).double(), exact, rtol=2e-6, atol=2e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("tiny", [1e-10, 1e-20, 1e-30, 1e-37])
-@pytest.mark.parametrize("ddof", [0, 1])
-def test_tiny_differences_are_normalised_like_any_other(dtype: torch.dtype, tiny: float, ddof: int) -> None:
-    """Down to the smallest normal float32: their squares are far below it."""
-    advantages = group_normalized_advantages(torch.tensor([0.0, tiny], dtype=dtype), torch.zeros(2).long(), ddof=ddof)
-    half = math.sqrt(1 / 2) if ddof else 1.0
-    close(advantages, torch.tensor([-half, half], dtype=dtype), 1e-6)
-
-
-@pytest.mark.parametrize("huge", [1e20, 1e38])
-def test_huge_differences_are_normalised_like_any_other(huge: float) -> None:
-    advantages = group_normalized_advantages(torch.tensor([-huge, huge]), torch.zeros(2).long(), ddof=0)
-    close(advantages, torch.tensor([-1.0, 1.0]), 1e-6)
-
-
-SUBNORMAL = torch.tensor([0.0, 1e-45]).double(), torch.tensor([0, 0])
-
-
-@given(scored_groups(st.floats(-1e6, 1e6) | st.floats(5000, 5000.001) | st.floats(-1e-37, 1e-37)))
-@example(SUBNORMAL)
-def test_group_advantages_are_never_nan(case: tuple[Tensor, Tensor]) -> None:
-    scores, ids = case
-    for dtype in (torch.float32, F64):
-        for options in ({}, {"ddof": 0}, {"divide_by_std": False}):
-            assert torch.isfinite(group_normalized_advantages(scores.to(dtype), ids, **options)).all()
-
-
-def test_a_broken_score_is_not_hidden() -> None:
-    """NaN among the scores is a fault upstream; zeros would look like a group without signal."""
-    scores, ids = torch.tensor([0.0, math.nan, 1.0, 0.0, 1.0]), torch.tensor([0, 0, 0, 1, 1])
-    advantages = group_normalized_advantages(scores, ids, ddof=0)
-    assert advantages[:3].isnan().any()
-    assert advantages[3:].tolist() == [-1, 1]
-
-
-def test_group_advantages_are_detached() -> None:
-    scores = torch.tensor([0.0, 1.0], requires_grad=True)
-    assert not group_normalized_advantages(scores, torch.tensor([3, 3])).requires_grad
-
-
-@pytest.mark.parametrize(
-    ("scores", "ids", "options", "message"),
-    [
-        (torch.zeros(3), torch.zeros(2).long(), {}, r"scores \[3\], group_ids \[2\]"),
-        (torch.zeros(3).long(), torch.zeros(3).long(), {}, "scores must be floating point"),
-        (torch.zeros(3), torch.zeros(3), {}, "group_ids must be integers"),
-        (torch.zeros(3), torch.zeros(3).bool(), {}, "group_ids must be integers"),
-        (torch.zeros(2, 3), torch.zeros(2, 3).long(), {}, r"scores must be \[B\].* got \[2, 3\]"),
-        (torch.zeros(3), torch.zeros(3).long(), {"epsilon": -1.0}, "epsilon must be in"),
-        (torch.zeros(3), torch.zeros(3).long(), {"ddof": 2}, "ddof must be in"),
-    ],
-)
-def test_bad_group_arguments_are_named(scores: Tensor, ids: Tensor, options: dict, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        group_normalized_advantages(scores, ids, **options)

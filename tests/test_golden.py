@@ -18,12 +18,12 @@ from torch import Tensor
 
 from rlhf.advantages import (
     gae,
-    group_normalized_advantages,
     monte_carlo_returns,
     n_step_returns,
     td0_returns,
     td_lambda_returns,
 )
+from rlhf.group_advantages import group_normalized_advantages
 from rlhf.kl import adapt_kl_coef_proportionally, kl_estimate
 from rlhf.losses import SurrogateTerms, categorical_entropy, clipped_surrogate_loss, reinforce_loss, value_loss
 from rlhf.masking import masked_mean, masked_var, masked_whiten

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # Each room and what it may import of this project, besides itself. Core modules are rooms of their own.
 CHECKS, PRIMITIVES = {"rlhf.checks"}, {"rlhf.checks", "rlhf.masking", "rlhf.scan"}
-ESTIMATORS = {"rlhf.advantages", "rlhf.kl", "rlhf.losses", "rlhf.reduce"}
+ESTIMATORS = {f"rlhf.{name}" for name in ("advantages", "group_advantages", "kl", "losses", "reduce", "rewards")}
 LOSSES = {"rlhf.policy_losses", "rlhf.preference_losses"}
 CORE = PRIMITIVES | ESTIMATORS | LOSSES | {"rlhf.presets"}
 ALLOWED: dict[str, set[str]] = {

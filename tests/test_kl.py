@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from rlhf.checks import InputError
-from rlhf.kl import adapt_kl_coef_by_doubling, adapt_kl_coef_proportionally, exact_kl, kl_estimate
+from rlhf.kl import KLEstimator, adapt_kl_coef_by_doubling, adapt_kl_coef_proportionally, exact_kl, kl_estimate
 
 OUTCOMES = 5
-ESTIMATORS = ["k1", "k2", "k3"]
+ESTIMATORS: list[KLEstimator] = ["k1", "k2", "k3", "abs"]
 EVERYWHERE = torch.ones(OUTCOMES, dtype=torch.bool)
 logit_lists = st.lists(st.floats(-3, 3), min_size=OUTCOMES, max_size=OUTCOMES)
 
@@ -23,10 +24,10 @@ def policies(logits: list[float], ref_logits: list[float]) -> tuple[Tensor, Tens
     return torch.tensor(logits, dtype=torch.float64, requires_grad=True), torch.tensor(ref_logits, dtype=torch.float64)
 
 
-def enumerated(logits: Tensor, ref_logits: Tensor, estimator: str) -> Tensor:
+def enumerated(logits: Tensor, ref_logits: Tensor, estimator: KLEstimator, **options: Any) -> Tensor:
     """Expectation over the actions of pi. Probabilities are detached: actions are drawn, not differentiated."""
     log_p, log_q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-    estimates = kl_estimate(log_p, log_q, EVERYWHERE, estimator=estimator)
+    estimates = kl_estimate(log_p, log_q, EVERYWHERE, estimator=estimator, **options)
     return (log_p.exp().detach() * estimates).sum()
 
 
@@ -49,7 +50,12 @@ def test_estimates_by_hand() -> None:
     ref_log_probs = torch.tensor([math.log(0.25), math.log(0.4), math.log(0.3)], dtype=torch.float64)
     mask = torch.ones(3, dtype=torch.bool)
     two, four = math.log(2), math.log(4)
-    by_hand = {"k1": [two, -four, 0.0], "k2": [two**2 / 2, four**2 / 2, 0.0], "k3": [0.5 - 1 + two, 4 - 1 - four, 0.0]}
+    by_hand: dict[KLEstimator, list[float]] = {
+        "k1": [two, -four, 0.0],
+        "k2": [two**2 / 2, four**2 / 2, 0.0],
+        "k3": [0.5 - 1 + two, 4 - 1 - four, 0.0],
+        "abs": [two, four, 0.0],
+    }
     for estimator, expected in by_hand.items():
         close(
             kl_estimate(log_probs, ref_log_probs, mask, estimator=estimator),
@@ -124,6 +130,77 @@ def test_k3_keeps_its_digits_near_the_reference() -> None:
     d = torch.tensor([1e-3, -1e-3, 1e-4])
     k3 = kl_estimate(d, torch.zeros(3), torch.ones(3, dtype=torch.bool), estimator="k3")
     torch.testing.assert_close(k3, d.square() / 2 - d**3 / 6, rtol=0, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------------- straight-through, and clamps
+@given(logit_lists, logit_lists)
+def test_straight_through_is_unbiased_in_value_and_gradient(a: list[float], b: list[float]) -> None:
+    logits, ref_logits = policies(a, b)
+    kl_gradient = gradient(kl_of(logits, ref_logits), logits)
+    for estimator in ESTIMATORS:
+        estimate = enumerated(logits, ref_logits, estimator, straight_through=True)
+        assert torch.equal(estimate, enumerated(logits, ref_logits, estimator))
+        close(gradient(estimate, logits), kl_gradient)
+
+
+def test_abs_has_a_value_and_a_gradient_of_its_own() -> None:
+    """Neither the KL nor, on average, the gradient of the KL in either direction."""
+    logits, ref_logits = policies([0.0, 1.0, 2.0, 0.0, 1.0], [2.0, 1.0, 0.0, 0.0, -1.0])
+    kl, reversed_kl = kl_of(logits, ref_logits), kl_of(ref_logits, logits)
+    estimate = enumerated(logits, ref_logits, "abs")
+    assert estimate > kl + 0.1
+    for other in (kl, reversed_kl):
+        assert (gradient(enumerated(logits, ref_logits, "abs"), logits) - gradient(other, logits)).abs().max() > 0.05
+
+
+DISTANCES = torch.tensor([-150.0, -11.5, -9.0, -4.0, -0.5, 0.0, 0.5, 4.0, 4.6, 10.5, 150.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("clamps", [(None, None), (5.0, None), (None, 10.0), (20.0, 10.0), (3.0, 100.0), (None, 0.3)])
+def test_clamps_hold_input_and_output_and_stop_the_gradient(
+    estimator: KLEstimator, clamps: tuple[float | None, float | None], dtype: torch.dtype
+) -> None:
+    def estimate(d: Tensor, **options: Any) -> Tensor:
+        return kl_estimate(d, torch.zeros_like(d), torch.ones_like(d).bool(), estimator=estimator, **options)
+
+    limits = [math.inf if clamp is None else clamp for clamp in clamps]
+    d = DISTANCES.to(dtype).requires_grad_()
+    clamped = estimate(d, clamp_input=clamps[0], clamp_output=clamps[1])
+    plain = estimate(DISTANCES.clamp(-limits[0], limits[0]))
+    if clamps != (None, None) or dtype == torch.float64 or estimator != "k3":
+        torch.testing.assert_close(clamped.double(), plain.clamp(-limits[1], limits[1]), rtol=1e-6, atol=1e-7)
+        acts = (DISTANCES.abs() > limits[0]) | (plain.abs() > limits[1])
+        free = DISTANCES.clone().requires_grad_()
+        wanted = torch.where(acts, 0.0, torch.autograd.grad(estimate(free).sum(), free)[0])
+        found = torch.autograd.grad(clamped.sum(), d)[0]  # no NaN of an exp that overflowed
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-7)
+        assert (found[acts] == 0).all()
+    through = estimate(d, clamp_input=clamps[0], clamp_output=clamps[1], straight_through=True)
+    assert torch.equal(through, clamped)
+    assert torch.equal(torch.autograd.grad(through.sum(), d)[0], d.detach())  # k2's, not clamped
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("options", [{}, {"straight_through": True}, {"clamp_input": 2.0, "clamp_output": 1.0}])
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30])
+def test_garbage_in_masked_slots_changes_nothing(estimator: KLEstimator, options: dict, garbage: float) -> None:
+    """Bit for bit, in either argument, in the value and in the gradient, which is exactly 0 there."""
+    generator = torch.Generator().manual_seed(0)
+    log_probs, ref_log_probs = -torch.rand(2, 4, 9, generator=generator)
+    mask = torch.rand(4, 9, generator=generator) < 0.6
+    results = []
+    for filler in (0.0, garbage):
+        new = torch.where(mask, log_probs, filler).requires_grad_()
+        ref = torch.where(mask, ref_log_probs, -filler)
+        kl = kl_estimate(new, ref, mask, estimator=estimator, **options)
+        results.append((kl.detach(), torch.autograd.grad(kl.sum(), new)[0]))
+    (clean, clean_gradient), (dirty, dirty_gradient) = results
+    assert torch.equal(clean, dirty)
+    assert torch.equal(clean_gradient, dirty_gradient)
+    assert (dirty_gradient[~mask] == 0).all()
+    assert (dirty[~mask] == 0).all()
 
 
 # ----------------------------------------------------------------------------------------------------------- exact KL
@@ -223,7 +300,9 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "mask shape": (lambda: kl_estimate(X, X, M[0], estimator="k1"), r"action_mask \[3\]"),
     "mask": (lambda: kl_estimate(X, X, M.float(), estimator="k1"), "must be bool"),
     "type": (lambda: kl_estimate(X.long(), X, M, estimator="k1"), "log_probs must be floating point"),
-    "estimator": (lambda: kl_estimate(X, X, M, estimator="k4"), "'k1', 'k2' or 'k3', got 'k4'"),
+    "estimator": (lambda: kl_estimate(X, X, M, estimator="k4"), "'k1', 'k2', 'k3', 'abs', got 'k4'"),
+    "input clamp": (lambda: kl_estimate(X, X, M, estimator="k1", clamp_input=0.0), r"clamp_input must be in \(0"),
+    "output clamp": (lambda: kl_estimate(X, X, M, estimator="k3", clamp_output=-1.0), "clamp_output must be in"),
     "logits": (lambda: exact_kl(X, X[:, :2], M[:, 0]), r"logits \[2, 3\], ref_logits \[2, 2\]"),
     "logits and mask": (lambda: exact_kl(X, X, M), r"action_mask \[2, 3\]"),
     "logits' mask": (lambda: exact_kl(X, X, M[:, 0].long()), "action_mask must be bool"),

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rlhf.checks import InputError, check_choice, check_range
-from rlhf.kl import KLEstimator
 from rlhf.reduce import Reduction
 
 Advantage = Literal["gae", "group"]
+KLInLoss = Literal["k1", "k2", "k3"]
 CriticKind = Literal["separate", "shared", "none"]
 LRSchedule = Literal["constant", "linear", "cosine"]
 
@@ -81,7 +81,7 @@ class AlgorithmConfig:
     """Weight of KL to the reference in the reward (k1 per token, no gradient); >= 0."""
     kl_loss_coef: float = 0.0
     """Weight of KL to the reference in the loss; >= 0."""
-    kl_estimator: KLEstimator = "k3"
+    kl_estimator: KLInLoss = "k3"
     """Estimator of the KL in the loss: k2 has the KL's gradient, k3 is GRPO's, k1 has none; see rlhf.kl."""
     kl_target: float | None = None
     """Nats per sequence: kl_reward_coef adapts to keep KL there; None keeps the coefficient fixed."""
@@ -94,7 +94,7 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         check_choice("advantage", self.advantage, get_args(Advantage))
         check_choice("critic", self.critic, get_args(CriticKind))
-        check_choice("kl_estimator", self.kl_estimator, get_args(KLEstimator))
+        check_choice("kl_estimator", self.kl_estimator, get_args(KLInLoss))
         check_choice("reduction", self.reduction, get_args(Reduction))
         for name in ("gamma", "gae_lambda"):
             check_range(name, getattr(self, name), low=0, high=1)

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.advantages import AdvantageEstimate, gae, group_normalized_advantages
+from rlhf.advantages import AdvantageEstimate, gae
+from rlhf.group_advantages import group_normalized_advantages
 from rlhf.kl import kl_estimate
 from rlhf.lm.config import AlgorithmConfig
 from rlhf.lm.logprobs import policy_output
 from rlhf.lm.models import Roles
 from rlhf.masking import fill_masked, masked_mean, masked_sum, masked_var, masked_whiten
+from rlhf.rewards import rewards_at_last_action
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -160,10 +162,7 @@ def shaped_rewards(scores: Tensor, predictions: Predictions, mask: Tensor, *, kl
     if predictions.ref_log_probs is not None:
         kl = kl_estimate(predictions.log_probs, predictions.ref_log_probs, mask, estimator="k1")
         rewards = rewards - kl_reward_coef * kl
-    steps = torch.arange(mask.shape[-1], device=mask.device)
-    last = torch.where(mask, steps, -1).amax(-1, keepdim=True)
-    is_last = mask & (steps == last)
-    return rewards + torch.where(is_last, scores.to(rewards).unsqueeze(-1), 0.0)
+    return rewards + rewards_at_last_action(scores.to(rewards), mask)
 
 
 def _gae(rewards: Tensor, values: Tensor | None, mask: Tensor, config: AlgorithmConfig) -> AdvantageEstimate:
