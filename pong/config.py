@@ -90,6 +90,8 @@ class AlgorithmConfig:
     """reinforce: log-prob times advantage; clip: PPO's clipped surrogate; kl: PPO's adaptive KL penalty."""
     gamma: float = 0.99
     """Discount per agent step."""
+    final_gamma: float | None = None
+    """The discount rises or falls linearly to this; None: stays."""
     gae_lambda: float = 0.95
     clip: float = 0.2
     """Half-width of the ratio's interval (loss clip)."""
@@ -109,6 +111,8 @@ class AlgorithmConfig:
         check_choice("advantage", self.advantage, get_args(Advantage))
         check_choice("loss", self.loss, get_args(PolicyLoss))
         check_range("gamma", self.gamma, low=0, high=1)
+        if self.final_gamma is not None:
+            check_range("final_gamma", self.final_gamma, low=0, high=1)
         check_range("gae_lambda", self.gae_lambda, low=0, high=1)
         check_range("clip", self.clip, low=0, high=1, low_open=True, high_open=True)
         for name in ("kl_coef", "kl_target"):
@@ -277,9 +281,11 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
     is_pong = game == "pong"
     # Advantages are whitened to 1, but values of points are off by a tenth or so: without more weight the critic, and
     # with it all credit at a distance, learns last.
-    algorithm = AlgorithmConfig(
-        gamma=0.97 if is_pong else 0.99, gae_lambda=0.9, value_coef=5.0, entropy_coef=0.003 if is_pong else 0.01
-    )
+    algorithm = AlgorithmConfig(gae_lambda=0.9, value_coef=5.0)
+    if is_pong:
+        # A miss follows the stroke at once, a won point 20 steps later: a short horizon first teaches to return the ball,
+        # a longer one then to attack.
+        algorithm = replace(algorithm, gamma=0.97, final_gamma=0.99, entropy_coef=0.003)
     shared = GameConfig(game=game, subtract_background=is_pong, pixel_unit=32.0 if is_pong else 255.0)
     shared = replace(shared, reward_ends_credit=is_pong)
     if name == "v5":
@@ -297,5 +303,5 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
         game=fast,
         algorithm=algorithm,
         network=NetworkConfig(channels=(16, 32), kernels=((8, 6), (4, 3)), strides=(4, 2), hidden=256),
-        optimization=OptimizationConfig(total_steps=650_000, learning_rate=2e-3, final_learning_rate=2e-5),
+        optimization=OptimizationConfig(total_steps=1_000_000, learning_rate=2e-3, final_learning_rate=2e-5),
     )

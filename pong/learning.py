@@ -29,10 +29,13 @@ class Targets(NamedTuple):
     action_mask: Tensor  # bool: False where no return is known yet
 
 
-def estimate(rollout: Rollout, algorithm: AlgorithmConfig, *, reward_ends_credit: bool) -> Targets:
+def estimate(
+    rollout: Rollout, algorithm: AlgorithmConfig, *, reward_ends_credit: bool, gamma: float | None = None
+) -> Targets:
     """Advantages and returns by the config's estimator.
 
     Args:
+        gamma: discount; the config's first one if None.
         reward_ends_credit: credit is not carried back over a reward, as if the episode had ended there.
     """
     terminated, truncated = rollout.terminated, rollout.truncated
@@ -46,7 +49,7 @@ def estimate(rollout: Rollout, algorithm: AlgorithmConfig, *, reward_ends_credit
         limit[:, -1] = False  # of the rollout, not of an episode: what comes after is not known
         mask = (terminated | limit).flip(-1).cummax(-1).values.flip(-1)
     ends: dict[str, Any] = {"terminated": terminated, "truncated": truncated, "bootstrap_values": bootstrap}
-    ends["gamma"] = algorithm.gamma
+    ends["gamma"] = algorithm.gamma if gamma is None else gamma
     if algorithm.advantage == "gae":
         advantages, returns = gae(rollout.rewards, values, mask, gae_lambda=algorithm.gae_lambda, **ends)
     elif algorithm.advantage == "td":

@@ -152,8 +152,9 @@ class PongTrainer:
         rollout = self.collector.collect(generator_for(seed, "actions", self.rollouts + 1))
         collected = time.perf_counter()
         torch.set_num_threads(self.threads)
-        targets = estimate(rollout, config.algorithm, reward_ends_credit=config.game.reward_ends_credit)
-        learning_rate, entropy_coef = self._scheduled()
+        learning_rate, entropy_coef, gamma = self._scheduled()
+        ends = config.game.reward_ends_credit
+        targets = estimate(rollout, config.algorithm, reward_ends_credit=ends, gamma=gamma)
         metrics: dict[str, Any] = self.learner.update(
             rollout,
             targets,
@@ -173,6 +174,7 @@ class PongTrainer:
             "episodes": self.episodes,
             "lr": learning_rate,
             "entropy_coef": entropy_coef,
+            "gamma": gamma,
             "time/collect": collected - started,
             "time/update": ended - collected,
             "time/elapsed": self.elapsed,
@@ -180,13 +182,19 @@ class PongTrainer:
         }
         return metrics, rollout.episodes
 
-    def _scheduled(self) -> tuple[float, float]:
-        """Learning rate and entropy coefficient: linear over the run."""
+    def _scheduled(self) -> tuple[float, float, float]:
+        """Learning rate, entropy coefficient and discount: linear over the run."""
         optimization, algorithm = self.config.optimization, self.config.algorithm
         share = self.rollouts / optimization.rollouts
+
+        def between(first: float, final: float) -> float:
+            return first + share * (final - first)
+
+        final_gamma = algorithm.gamma if algorithm.final_gamma is None else algorithm.final_gamma
         return (
-            optimization.learning_rate + share * (optimization.final_learning_rate - optimization.learning_rate),
-            algorithm.entropy_coef + share * (algorithm.final_entropy_coef - algorithm.entropy_coef),
+            between(optimization.learning_rate, optimization.final_learning_rate),
+            between(algorithm.entropy_coef, algorithm.final_entropy_coef),
+            between(algorithm.gamma, final_gamma),
         )
 
     def _evaluate(self) -> dict[str, Any]:

@@ -85,6 +85,16 @@ def test_estimators_are_the_cores(advantage: str) -> None:
     assert torch.equal(whitened.returns, targets.returns)
 
 
+def test_the_discount_given_is_the_one_used() -> None:
+    rollout = rollout_of(REWARDS)
+    for advantage in ("episode", "mc", "td", "gae"):
+        given = estimate(rollout, plain(advantage), reward_ends_credit=False, gamma=0.5)
+        configured = estimate(rollout, dataclasses.replace(plain(advantage), gamma=0.5), reward_ends_credit=False)
+        assert torch.equal(given.returns, configured.returns)
+        assert torch.equal(given.advantages, configured.advantages)
+        assert not torch.equal(given.returns, estimate(rollout, plain(advantage), reward_ends_credit=False).returns)
+
+
 def test_a_reward_ends_the_credit_if_asked() -> None:
     """Nothing after a point, neither rewards nor values, reaches what came before it."""
     rollout = rollout_of(REWARDS)

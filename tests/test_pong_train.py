@@ -100,14 +100,18 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(tmp_path: Path)
 def test_schedules_are_linear_and_every_rollout_draws_its_own(tmp_path: Path, monkeypatch) -> None:
     drawn: list[tuple[object, ...]] = []
     flags: list[bool] = []
+    gammas: list[float] = []
 
     def recording_generator(seed: int, purpose: str, *indices: int) -> torch.Generator:
         drawn.append((purpose, *indices))
         return generator_for(seed, purpose, *indices)  # type: ignore[arg-type]
 
-    def recording_estimate(rollout: Rollout, algorithm: AlgorithmConfig, *, reward_ends_credit: bool) -> Targets:
+    def recording_estimate(
+        rollout: Rollout, algorithm: AlgorithmConfig, *, reward_ends_credit: bool, gamma: float
+    ) -> Targets:
         flags.append(reward_ends_credit)
-        return estimate(rollout, algorithm, reward_ends_credit=reward_ends_credit)
+        gammas.append(gamma)
+        return estimate(rollout, algorithm, reward_ends_credit=reward_ends_credit, gamma=gamma)
 
     monkeypatch.setattr("pong.trainer.generator_for", recording_generator)
     monkeypatch.setattr("pong.trainer.estimate", recording_estimate)
@@ -119,6 +123,7 @@ def test_schedules_are_linear_and_every_rollout_draws_its_own(tmp_path: Path, mo
     assert [row["entropy_coef"] for row in rows] == pytest.approx([start + k / 4 * (end - start) for k in range(4)])
     assert len(drawn) == len(set(drawn)) == 1 + 2 * 4  # the background; actions and minibatches of each rollout
     assert flags == [True] * 4
+    assert gammas == [row["gamma"] for row in rows] == pytest.approx([0.97 + k / 4 * 0.02 for k in range(4)])
 
 
 def test_resuming_with_other_options_is_refused(tmp_path: Path) -> None:
