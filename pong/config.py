@@ -283,8 +283,8 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
     # with it all credit at a distance, learns last.
     algorithm = AlgorithmConfig(gae_lambda=0.9, value_coef=5.0)
     if is_pong:
-        # A miss follows the stroke at once, a won point 20 steps later: a short horizon first teaches to return balls, a
-        # longer one then to attack.
+        # A miss follows the stroke at once, a won point 20 steps later: a short horizon first teaches to return balls,
+        # a longer one then to attack.
         algorithm = replace(algorithm, gamma=0.97, final_gamma=0.99, entropy_coef=0.003)
     shared = GameConfig(game=game, subtract_background=is_pong, pixel_unit=32.0 if is_pong else 255.0)
     shared = replace(shared, reward_ends_credit=is_pong)
