@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--golden-dir", help="run tests/test_golden.py on the recorded cases of this folder, with a report"
+        "--golden-dir", help="folder of recorded cases for tests/test_golden.py, with a report"
     )
 
 

@@ -1,7 +1,7 @@
 """What several adapters share: types, plain steps, and adapters of functions that peers have alike.
 
-An adapter is called with a recorded case's inputs and parameters, both by attribute, and returns for each recorded output
-our number, our number and where to compare it, or the reason why this case has none of ours.
+An adapter is called with a recorded case's inputs and parameters, both by attribute, and returns for each recorded
+output our number, our number and where to compare it, or the reason why this case has none of ours.
 """
 
 from collections.abc import Callable
@@ -62,6 +62,12 @@ def row_softening(mask: Tensor) -> Tensor:
     return rows / (rows + 1e-8)
 
 
+def softly_whitened(x: Tensor, mask: Tensor) -> Tensor:
+    """masked_whiten with statistics whose means divide by count + 1e-8."""
+    soft = softening(mask)
+    return masked_whiten(x, mask, mean=masked_mean(x, mask) * soft, var=masked_var(x, mask) * soft)
+
+
 def is_dual(advantages: Tensor, ratio: Tensor) -> Tensor:
     """Clipped where A < 0 and r > 1 is dual-clipped: the plain clip acts on the other side there."""
     return (advantages < 0) & (ratio > 1)
@@ -81,7 +87,7 @@ def row_by_row(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, mask: Te
 
 
 def chosen_log_probs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at the labels, through the trainer's own path: a model that says these logits."""
+    """log softmax(logits / temperature) at the labels, through the trainer's own function: a model that says these."""
     from rlhf.lm.logprobs import policy_output  # here: it loads transformers
 
     after_prompt = torch.cat([logits, torch.zeros_like(logits[:, :1])], dim=1)  # one prompt token, T chosen ones

@@ -17,6 +17,7 @@ from golden_adapters.common import (
     mean,
     mean_of,
     row_softening,
+    softly_whitened,
     var_of,
 )
 from rlhf.advantages import gae
@@ -55,7 +56,7 @@ def gae_of_scores(x: Any, p: Any) -> Outputs:
     ]
     advantages = torch.stack(rows)
     if p.normalize_advantages:
-        advantages = masked_whiten(advantages, mask)
+        advantages = softly_whitened(advantages, mask)
     returns = gae(rewards, x.values, mask, gamma=p.gae_gamma, gae_lambda=lam_values).returns
     return {"advantages": at(advantages, mask), "returns": at(returns, mask)}
 
@@ -131,7 +132,7 @@ def sampler_weights(x: Any, p: Any, mask: Tensor) -> Tensor:
 
 
 def kl_term(x: Any, p: Any, mask: Tensor) -> Tensor:
-    """Weighed by a ratio with gradient: new to itself, or to the sampler. Its clamps have no counterpart inside k3's exp."""
+    """Weighed by a ratio with gradient, of the new policy to itself or to the sampler."""
     log_probs, ref = x.next_token_logprobs, x.reference_policy_logprobs.detach()
     held = ref + (log_probs - ref).clamp(-p.kl_input_clamp_value, p.kl_input_clamp_value)
     kl = kl_estimate(held, ref, mask, estimator=p.reference_policy_kl_type)
@@ -145,9 +146,9 @@ def policy_loss(x: Any, p: Any) -> Outputs:
     mask = (x.token_mask * x.sample_mask[:, None]).bool()
     bounds = {"clip_low": p.ratio_clip_min, "clip_high": p.ratio_clip_max}
     old = log_probs.detach() if p.force_on_policy_ratio else x.prev_logprobs
-    ratio = clamped = torch.ones_like(log_probs)
     if p.disable_ppo_ratio:
         loss = reinforce_loss(log_probs, advantages, mask)
+        ratio = log_probs.detach()  # what it reports then
     elif p.use_cispo:
         loss, ratio, _ = cispo_loss(log_probs, old, advantages, mask, **bounds)
     elif p.sequence_level_importance_ratios:
@@ -156,7 +157,7 @@ def policy_loss(x: Any, p: Any) -> Outputs:
         loss, ratio, _ = gspo_loss(softened, old, advantages, mask, **bounds, dual_clip=p.ratio_clip_c)
     else:
         loss, ratio, _ = clipped_surrogate_loss(log_probs, old, advantages, mask, **bounds, dual_clip=p.ratio_clip_c)
-    clamped = ratio.clamp(1 - p.ratio_clip_min, 1 + p.ratio_clip_max)
+    clamped = ratio if p.disable_ppo_ratio else ratio.clamp(1 - p.ratio_clip_min, 1 + p.ratio_clip_max)
     if p.use_importance_sampling_correction:
         loss = loss * sampler_weights(x, p, mask)
     tokens = (p.global_valid_toks or mask.sum().double()) + 1e-8
@@ -169,8 +170,8 @@ def policy_loss(x: Any, p: Any) -> Outputs:
 
     kl = torch.zeros_like(loss.sum())
     if p.reference_policy_kl_penalty:
-        kl = p.reference_policy_kl_penalty * reduced(kl_term(x, p, mask))
-    total = reduced(loss) + kl
+        kl = reduced(kl_term(x, p, mask))
+    total = reduced(loss) + p.reference_policy_kl_penalty * kl
     return {
         "loss": total, **gradients(total, grad_next_token_logprobs=log_probs), "kl_penalty": kl,
         "probs_ratio": token_mean(ratio, mask, denominator=tokens),

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from golden_adapters.common import (
-    EMPTY,
     Adapter,
     Outputs,
     Skip,
@@ -115,10 +114,6 @@ def reduced(per_token: Tensor, mask: Tensor, p: Any) -> Tensor:
     return reduce(per_token, mask, how=how, denominator=total / p.dp_size if total else count(mask, how=how))
 
 
-def unless_empty(outputs: Outputs, mask: Tensor) -> Outputs:
-    return outputs if mask.any() else dict.fromkeys(outputs, EMPTY)
-
-
 def sampler_weights(x: Any, p: Any, mask: Tensor) -> Tensor:
     low, high = p.vllm_is_truncated_threshold
     args = (x.old_log_probs, x.rollout_log_probs, mask)
@@ -148,14 +143,14 @@ def policy_loss(x: Any, p: Any) -> Outputs:
         outputs["vllm_kl"] = masked_mean(kl_estimate(x.rollout_log_probs, old, mask, estimator="k1"), mask)
     loss = reduced(per_token, mask, p)
     outputs["clip_ratio"] = fraction(terms.is_clipped & ~is_dual(advantages, terms.ratio), mask, loss)
-    return unless_empty({"loss": loss, **outputs, **gradients(loss, grad_log_probs=log_probs)}, mask)
+    return {"loss": loss, **outputs, **gradients(loss, grad_log_probs=log_probs)}
 
 
 def critic_loss(x: Any, p: Any) -> Outputs:
     mask = x.action_mask.bool()
     clip = {"old_values": x.old_values, "value_clip": p.clip_eps} if p.clip_eps is not None else {}
     loss = reduced(value_loss(x.values, x.returns, mask, **clip).loss, mask, p)
-    return unless_empty({"loss": loss, **gradients(loss, grad_values=x.values)}, mask)
+    return {"loss": loss, **gradients(loss, grad_values=x.values)}
 
 
 def sft_loss(x: Any, p: Any) -> Outputs:
@@ -200,7 +195,7 @@ def approximate_kl(x: Any, p: Any) -> Outputs:
 
 def normalized_rows(x: Any, p: Any) -> Outputs:
     def whitened(row: Tensor, mask: Tensor) -> Tensor:
-        return masked_whiten(row, mask, ddof=0, epsilon=p.eps)
+        return masked_whiten(row, mask, ddof=0, epsilon=0.0)  # its eps is a floor of the variance
 
     return {"out": row_by_row(whitened, x.tensor, x.mask.bool())}
 

@@ -1,5 +1,6 @@
 """prime-rl: one packed sequence, bool mask; losses are sums, with a squared log ratio as trust region."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,11 +35,14 @@ def mismatch(x: Any) -> Tensor:
     return kl_estimate(x.inference_logprobs, x.trainer_logprobs, everywhere(x.trainer_logprobs), estimator="k3")
 
 
+def weighed(x: Any) -> Tensor | float:
+    return x.loss_weights.detach() if hasattr(x, "loss_weights") else 1.0
+
+
 def trust_region(x: Any, p: Any, per_token: Tensor, mask: Tensor) -> Tensor:
     """kl_tau * (log ratio)^2 on all loss tokens, twice k2."""
     squared = 2 * kl_estimate(x.trainer_logprobs, x.inference_logprobs, mask, estimator="k2")
-    weights = x.loss_weights.detach() if hasattr(x, "loss_weights") else 1.0
-    return total((per_token + p.kl_tau * squared) * weights, mask)
+    return total((per_token + p.kl_tau * squared) * weighed(x), mask)
 
 
 def policy_loss(kind: str) -> Adapter:
@@ -71,24 +75,26 @@ def policy_loss(kind: str) -> Adapter:
 
 
 def ref_kl_loss(x: Any, p: Any) -> Outputs:
-    """KL to the reference as a reward: minus k1 in the place of the advantage."""
+    """KL to the reference as a reward, minus k1 in the place of the advantage; only lost probability is masked."""
     log_probs, mask = x.trainer_logprobs, x.loss_mask
-    k1 = kl_estimate(log_probs, x.ref_logprobs, mask, estimator="k1")
-    p.kl_tau = getattr(p, "kl_tau", 0.001)  # its constant
-    loss = trust_region(x, p, importance_weighted_loss(log_probs, x.inference_logprobs, -k1, mask).loss, mask)
+    minus_k1 = -kl_estimate(log_probs, x.ref_logprobs, mask, estimator="k1")
+    p = SimpleNamespace(kl_tau=0.001, dppo_mask_low=0.2)  # its constants: no parameters are recorded
+    too_far = (log_probs.exp() - x.inference_logprobs.exp()).detach() < -p.dppo_mask_low
+    surrogate = importance_weighted_loss(log_probs, x.inference_logprobs, minus_k1, mask & ~too_far).loss
+    loss = trust_region(x, p, surrogate, mask)
     return {
         "loss": loss,
         **gradients(loss, grad_trainer_logprobs=log_probs),
-        "metrics.ref_kl": masked_mean(-k1, mask),
-        "metrics.ref_kl/masked_mismatch_kl": torch.zeros_like(loss),
-        "metrics.ref_kl/unmasked_mismatch_kl": masked_mean(mismatch(x), mask),
-        "metrics.ref_kl/is_masked": torch.zeros_like(loss),
+        "metrics.ref_kl": masked_mean(minus_k1, mask),
+        "metrics.ref_kl/masked_mismatch_kl": masked_mean(mismatch(x), mask & too_far),
+        "metrics.ref_kl/unmasked_mismatch_kl": masked_mean(mismatch(x), mask & ~too_far),
+        "metrics.ref_kl/is_masked": fraction(too_far, mask, loss),
     }
 
 
 def cross_entropy(x: Any, p: Any) -> Outputs:
     per_token = reinforce_loss(x.trainer_logprobs, torch.ones_like(x.trainer_logprobs), x.loss_mask)
-    loss = total(per_token, x.loss_mask)
+    loss = total(per_token * weighed(x), x.loss_mask)
     return {
         "loss": loss,
         **gradients(loss, grad_trainer_logprobs=x.trainer_logprobs),

@@ -36,9 +36,7 @@ def lines() -> Iterator[str]:
         failed = f", {tally.failed} FAILED" if tally.failed else ""
         yield f"{peer} {function}: {tally.compared} compared, {outside} out of scope{failed}"
         yield from (f"    out of scope, {count} cases: {why}" for why, count in tally.out_of_scope.most_common())
-        yield from (
-            f"    left out, {count} outputs of compared cases: {why}" for why, count in tally.left_out.most_common()
-        )
+        yield from (f"    left out of these, {count} outputs: {why}" for why, count in tally.left_out.most_common())
         total = totals.setdefault(peer, [0, 0, 0])
         for i, number in enumerate((tally.compared, outside, tally.failed)):
             total[i] += number

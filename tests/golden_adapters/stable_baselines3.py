@@ -1,4 +1,4 @@
-"""Stable-Baselines3: everything is an action, [T, N]; value loss without 1/2; truncation bootstraps through the reward."""
+"""Stable-Baselines3: [T, N] without masks; value loss without 1/2; truncation bootstraps through the reward."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def gae_with_truncation(x: Any, p: Any) -> Outputs:
 
 
 def n_step_samples(x: Any, p: Any) -> Outputs:
-    """Its parts of an n-step target, each from ours: rewards alone, then V = 1 and V = t for what multiplies Q(next)."""
+    """Its parts of an n-step target, each from ours: rewards alone, then V = 1 and V = t alone."""
     steps = torch.arange(len(x.rewards), dtype=x.rewards.dtype)
     cut = x.truncated.bool() | (steps == len(steps) - 1)  # the newest stored step counts as cut off
     mask, ended = everywhere(x.rewards), x.terminated.bool()

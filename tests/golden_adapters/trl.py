@@ -1,4 +1,4 @@
-"""TRL: groups are consecutive rows, 1e-4 on the std, NaN left out; no clamps; how a loss is averaged is part of its name."""
+"""TRL: groups are consecutive rows, 1e-4 on the std, NaN left out; no clamps; a loss's name says how it averages."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""verl, estimators: 0/1 float masks, rewards per token; advantages whitened over the mask; groups of one keep their score."""
+"""verl, estimators: 0/1 float masks, rewards per token; whitened over the mask; groups of one keep their score."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from golden_adapters.common import (
     kl_of,
     log_probs_of,
     mean_of,
-    softening,
+    softly_whitened,
     var_of,
     whiten_of,
 )
@@ -32,28 +32,22 @@ from rlhf.group_advantages import (
 )
 from rlhf.kl import adapt_kl_coef_proportionally, kl_estimate
 from rlhf.losses import categorical_entropy
-from rlhf.masking import masked_mean, masked_var, masked_whiten
+from rlhf.masking import masked_mean, masked_whiten
 from rlhf.rewards import rewards_at_last_action
 
 Grouped = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # of scores, group ids, mask, parameters
 
 
-def whitened(x: Tensor, mask: Tensor) -> Tensor:
-    """masked_whiten with its statistics, whose means divide by count + 1e-8."""
-    soft = softening(mask)
-    return masked_whiten(x, mask, mean=masked_mean(x, mask) * soft, var=masked_var(x, mask) * soft)
-
-
 def gae_of_tokens(x: Any, p: Any) -> Outputs:
     mask = x.response_mask.bool()
     estimate = gae(x.token_level_rewards, x.values, mask, gamma=p.gamma, gae_lambda=p.lam)
-    return {"advantages": at(whitened(estimate.advantages, mask), mask), "returns": at(estimate.returns, mask)}
+    return {"advantages": at(softly_whitened(estimate.advantages, mask), mask), "returns": at(estimate.returns, mask)}
 
 
 def reinforce_plus_plus(x: Any, p: Any) -> Outputs:
     mask = x.response_mask.bool()
     returns = monte_carlo_returns(x.token_level_rewards, mask, gamma=p.gamma)
-    advantages = whitened(returns, mask)
+    advantages = softly_whitened(returns, mask)
     if returns.dtype == torch.float32:  # which does not resolve the 1e-8: ours as it is
         advantages = reinforce_plus_plus_advantages(x.token_level_rewards, mask, gamma=p.gamma)
     return {"advantages": at(advantages, mask), "returns": at(returns, mask)}
@@ -188,5 +182,5 @@ OUT_OF_SCOPE = {
     **NO_LOSSES,
     "compute_optimal_token_baseline_advantage": "a baseline per token from the policy's gradient norms: not built",
     "calculate_sum_pi_squared_from_logits": "only the optimal token baseline needs it: not built",
-    "compute_grpo_vectorized_outcome_advantage/offset": "float32 in a float64 run too: the peer's rounding at an offset of 300",
+    "compute_grpo_vectorized_outcome_advantage/offset": "computed in float32 regardless: rounding at an offset of 300",
 }

@@ -133,7 +133,7 @@ def clip_cov(x: Any, p: Any) -> Outputs:
 
 
 def dppo(divergence: str) -> Adapter:
-    """Tokens whose probability moved too far in A's direction are dropped; the others have a detached, bounded ratio."""
+    """Tokens whose probability moved too far along A are dropped; the others have a detached, bounded ratio."""
 
     def adapter(x: Any, p: Any) -> Outputs:
         log_probs, old, advantages, mask = arguments(x)
@@ -146,7 +146,8 @@ def dppo(divergence: str) -> Adapter:
         up, down = (new_p > old_p) & (distance > p.clip_ratio_high), (new_p < old_p) & (distance > p.clip_ratio_low)
         too_far = torch.where(advantages > 0, up, down)
         ratio = (log_probs - old).detach().clamp(-20, 20).exp().clamp(max=p.clip_ratio_c)
-        return outputs_of(reinforce_loss(log_probs, advantages * ratio * ~too_far, mask), x, p, clipped=too_far)
+        per_token = reinforce_loss(log_probs, advantages * ratio * ~too_far, mask)
+        return outputs_of(per_token, x, p, clipped=too_far, lower=ratio == p.clip_ratio_c)
 
     return adapter
 
