@@ -14,9 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--golden-dir", help="folder of recorded cases for tests/test_golden.py, with a report"
-    )
+    parser.addoption("--golden-dir", help="folder of recorded cases for tests/test_golden.py, with a report")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

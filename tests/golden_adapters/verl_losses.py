@@ -147,7 +147,7 @@ def dppo(divergence: str) -> Adapter:
         too_far = torch.where(advantages > 0, up, down)
         ratio = (log_probs - old).detach().clamp(-20, 20).exp().clamp(max=p.clip_ratio_c)
         per_token = reinforce_loss(log_probs, advantages * ratio * ~too_far, mask)
-        return outputs_of(per_token, x, p, clipped=too_far, lower=ratio == p.clip_ratio_c)
+        return outputs_of(per_token, x, p, clipped=too_far, lower=(advantages < 0) & (ratio == p.clip_ratio_c))
 
     return adapter
 
