@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -10,3 +11,16 @@ settings.load_profile("default")
 
 torch.set_num_threads(1)  # a second one costs more than it brings, here and in the processes that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden-dir", help="folder of recorded cases for tests/test_golden.py, with a report")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.getoption("--golden-dir"):
+        from golden_adapters.report import lines
+
+        terminalreporter.section("peers' numbers")
+        for line in lines():
+            terminalreporter.write_line(line)
