@@ -71,14 +71,12 @@ class Clock:
         print(json.dumps(row), flush=True)
 
 
-def cleanrl(seed: int) -> None:
-    """PPO with the settings that CleanRL publishes for ppo_atari, on gymnasium's wrappers, for ever."""
+def cleanrl_envs(count: int, seed: int) -> Any:
+    """Its environments on gymnasium's wrappers, one after the other in this process."""
     import ale_py
     import gymnasium as gym
 
     gym.register_envs(ale_py)
-    envs, steps, total = 8, 128, 10_000_000
-    torch.manual_seed(seed)
 
     def make(index: int) -> gym.Env[Any, Any]:
         env = gym.make(_GAME)
@@ -88,9 +86,13 @@ def cleanrl(seed: int) -> None:
         env.action_space.seed(seed + index)
         return env
 
-    vector = gym.vector.SyncVectorEnv(
-        [partial(make, index) for index in range(envs)], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
+    return gym.vector.SyncVectorEnv(
+        [partial(make, index) for index in range(count)], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
     )
+
+
+def cleanrl_network() -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Trunk, actor and critic, orthogonal."""
 
     def layer(module: nn.Conv2d | nn.Linear, gain: float = 2**0.5) -> nn.Module:
         nn.init.orthogonal_(module.weight, gain)
@@ -102,7 +104,41 @@ def cleanrl(seed: int) -> None:
     trunk = nn.Sequential(
         *convolutions, layer(nn.Conv2d(64, 64, 3, 1)), nn.ReLU(), nn.Flatten(), layer(nn.Linear(3136, 512)), nn.ReLU()
     )
-    actor, critic = layer(nn.Linear(512, 6), 0.01), layer(nn.Linear(512, 1), 1.0)
+    return trunk, layer(nn.Linear(512, 6), 0.01), layer(nn.Linear(512, 1), 1.0)
+
+
+def cleanrl_update(
+    flat: list[torch.Tensor],
+    trunk: nn.Module,
+    actor: nn.Module,
+    critic: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+) -> None:
+    """Four epochs of four minibatches over stacks, actions, log-probs, values, advantages and returns."""
+    for _ in range(4):
+        for chosen in torch.randperm(len(flat[0])).split(256):
+            s, a, old, v, adv, ret = (x[chosen] for x in flat)
+            hidden = trunk(s / 255.0)
+            policy, value = torch.distributions.Categorical(logits=actor(hidden)), critic(hidden).squeeze(-1)
+            ratio = (policy.log_prob(a) - old).exp()
+            adv = (adv - adv.mean()) / (adv.std() + 1e-8)
+            surrogate = torch.max(-adv * ratio, -adv * ratio.clamp(0.9, 1.1)).mean()
+            near = v + (value - v).clamp(-0.1, 0.1)
+            error = 0.5 * torch.max((value - ret) ** 2, (near - ret) ** 2).mean()
+            loss = surrogate - 0.01 * policy.entropy().mean() + 0.5 * error
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 0.5)
+            optimizer.step()
+
+
+def cleanrl(seed: int) -> None:
+    """PPO with the settings that CleanRL publishes for ppo_atari, for ever."""
+    envs, steps, total = 8, 128, 10_000_000
+    torch.manual_seed(seed)
+    vector = cleanrl_envs(envs, seed)
+    trunk, actor, critic = cleanrl_network()
     parameters = [*trunk.parameters(), *actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=2.5e-4, eps=1e-5)
     clock = Clock()
@@ -137,21 +173,7 @@ def cleanrl(seed: int) -> None:
                 advantages[t] = carried = delta + 0.99 * 0.95 * goes_on * carried
                 following, goes_on = values[t], 1 - dones[t]
         flat = [x.flatten(0, 1) for x in (stacks, actions, log_probs, values, advantages, advantages + values)]
-        for _ in range(4):
-            for chosen in torch.randperm(envs * steps).split(256):
-                s, a, old, v, adv, ret = (x[chosen] for x in flat)
-                hidden = trunk(s / 255.0)
-                policy, value = torch.distributions.Categorical(logits=actor(hidden)), critic(hidden).squeeze(-1)
-                ratio = (policy.log_prob(a) - old).exp()
-                adv = (adv - adv.mean()) / (adv.std() + 1e-8)
-                surrogate = torch.max(-adv * ratio, -adv * ratio.clamp(0.9, 1.1)).mean()
-                near = v + (value - v).clamp(-0.1, 0.1)
-                error = 0.5 * torch.max((value - ret) ** 2, (near - ret) ** 2).mean()
-                loss = surrogate - 0.01 * policy.entropy().mean() + 0.5 * error
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(parameters, 0.5)
-                optimizer.step()
+        cleanrl_update(flat, trunk, actor, critic, optimizer, parameters)
         clock.report((update + 1) * envs * steps)
 
 
