@@ -17,7 +17,7 @@ from rlhf.losses import (
     reinforce_loss,
     value_loss,
 )
-from rlhf.masking import masked_mean, masked_sum, masked_var, masked_whiten
+from rlhf.masking import explained_variance, masked_mean, masked_sum, masked_whiten
 from rlhf.reduce import token_mean
 
 
@@ -135,7 +135,9 @@ class Learner:
             observed = self._kl_to(rollout, targets, observations)
             self.kl_coef = adapt_kl_coef_by_doubling(self.kl_coef, observed, target_kl=self.algorithm.kl_target)
         if self.algorithm.baseline:
-            metrics["critic/explained_variance"] = explained_variance(rollout.values, targets)
+            metrics["critic/explained_variance"] = explained_variance(
+                rollout.values, targets.returns, targets.action_mask
+            )
         return metrics
 
     def _optimizer_step(
@@ -194,10 +196,3 @@ class Learner:
         parts = [self._predict(observations, rollout.actions, part)[0] for part in positions.split(self.minibatch_size)]
         log_probs, mask = torch.cat(parts).view(rollout.actions.shape), targets.action_mask
         return float(masked_mean(kl_estimate(rollout.log_probs, log_probs, mask, estimator="k3"), mask))
-
-
-def explained_variance(values: Tensor, targets: Targets) -> float:
-    """1 - Var(returns - values) / Var(returns) over the action mask; 0 where the returns do not vary."""
-    variance = masked_var(targets.returns, targets.action_mask)
-    error = masked_var(targets.returns - values, targets.action_mask)
-    return float(torch.where(variance > 0, 1 - error / variance, 0.0))

@@ -54,6 +54,15 @@ def masked_var(x: Tensor, mask: Tensor, *, ddof: int = 1) -> Tensor:
     return torch.where(count > ddof, masked_sum(deviation.square(), mask) / (count - ddof).clamp(min=1), 0.0)
 
 
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one no better than a constant.
+
+    0 where the returns do not vary.
+    """
+    total = masked_var(returns, mask)
+    return float(1 - masked_var(returns - values, mask) / total) if total > 0 else 0.0
+
+
 def masked_whiten(
     x: Tensor,
     mask: Tensor,

@@ -19,7 +19,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        cases = load(Path(metafunc.config.getoption("--golden-dir") or GOLDEN))
+        folder = Path(metafunc.config.getoption("--golden-dir") or GOLDEN)
+        cases = load(folder)
+        if not cases:  # all of nothing would pass
+            raise pytest.UsageError(f"{folder} holds no recorded cases (*.json): check --golden-dir")
         metafunc.parametrize("case", cases, ids=[f"{case.peer}/{case.recorded['id']}" for case in cases])
 
 

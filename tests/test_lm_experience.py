@@ -3,7 +3,8 @@
 import torch
 
 from rlhf.lm.config import AlgorithmConfig
-from rlhf.lm.experience import Predictions, Sequences, build_experience, explained_variance, sequence_kl, shaped_rewards
+from rlhf.lm.experience import Predictions, Sequences, build_experience, sequence_kl, shaped_rewards
+from rlhf.masking import explained_variance
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 IDS = torch.tensor([[3, 4, 5, 1], [3, 1, 0, 0]])

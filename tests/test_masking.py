@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf.checks import InputError
-from rlhf.masking import fill_masked, masked_mean, masked_sum, masked_var, masked_whiten
+from rlhf.masking import explained_variance, fill_masked, masked_mean, masked_sum, masked_var, masked_whiten
 
 GARBAGE = [float("nan"), float("inf"), float("-inf"), 1e30]
 STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -195,3 +195,13 @@ def test_whitening_equal_numbers_is_no_division_by_zero(value: float, epsilon: f
 def test_bad_arguments_are_named(call: Callable[[Tensor, Tensor], Tensor], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_explained_variance_of_a_perfect_and_of_a_constant_critic() -> None:
+    """Whatever masked slots hold."""
+    returns = torch.tensor([[1.0, 2.0, 4.0, 0.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    garbage = torch.tensor([[0.0, 0.0, 0.0, torch.nan]])
+    assert explained_variance(returns + 3 + garbage, returns, mask) == pytest.approx(1)
+    assert explained_variance(torch.full_like(returns, 5.0) + garbage, returns, mask) == pytest.approx(0, abs=1e-6)
+    assert explained_variance(returns, torch.ones_like(returns) + garbage, mask) == 0

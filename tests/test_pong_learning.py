@@ -9,7 +9,7 @@ from pong_toys import Clockwork
 from torch import Tensor
 
 from pong.config import AlgorithmConfig, NetworkConfig
-from pong.learning import Learner, Targets, estimate, explained_variance
+from pong.learning import Learner, estimate
 from pong.network import ActorCritic
 from pong.rollout import Collector, FrameHistory, Rollout
 from rlhf.advantages import episode_returns, gae, monte_carlo_returns, td0_returns
@@ -306,14 +306,6 @@ def test_the_kl_coefficient_moves_towards_its_target() -> None:
     moving.update(rollout, targets, learning_rate=0.3, **options)  # type: ignore[arg-type]
     assert still.kl_coef == algorithm.kl_coef / 2
     assert moving.kl_coef == algorithm.kl_coef * 2
-
-
-def test_explained_variance_of_a_perfect_and_of_a_constant_critic() -> None:
-    returns, mask = torch.randn(2, 6), torch.ones(2, 6, dtype=torch.bool)
-    targets = Targets(returns, returns, mask)
-    assert explained_variance(returns + 3, targets) == pytest.approx(1)
-    assert explained_variance(torch.full_like(returns, 5.0), targets) == pytest.approx(0, abs=1e-6)
-    assert explained_variance(returns, Targets(returns, torch.ones(2, 6), mask)) == 0
 
 
 class Bright(Clockwork):

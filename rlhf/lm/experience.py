@@ -14,7 +14,7 @@ from rlhf.kl import kl_estimate
 from rlhf.lm.config import AlgorithmConfig
 from rlhf.lm.logprobs import policy_output
 from rlhf.lm.models import Roles
-from rlhf.masking import fill_masked, masked_mean, masked_sum, masked_var, masked_whiten
+from rlhf.masking import fill_masked, masked_mean, masked_sum, masked_whiten
 from rlhf.rewards import rewards_at_last_action
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -169,12 +169,6 @@ def _gae(rewards: Tensor, values: Tensor | None, mask: Tensor, config: Algorithm
     """A completion cut off at the length limit was judged as it stands: it counts as ended, like one that stopped."""
     values = torch.zeros_like(rewards) if values is None else values
     return gae(rewards, values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
-
-
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 is a perfect critic, 0 one no better than a constant."""
-    total = masked_var(returns, mask)
-    return float(1 - masked_var(returns - values, mask) / total) if total > 0 else 0.0
 
 
 def sequence_kl(predictions: Predictions, mask: Tensor) -> float:

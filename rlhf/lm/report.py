@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from rlhf.lm.experience import Experience, explained_variance, mean_entropy, sequence_kl
+from rlhf.lm.experience import Experience, mean_entropy, sequence_kl
 from rlhf.lm.rollout import Rollout
-from rlhf.masking import masked_sum
+from rlhf.masking import explained_variance, masked_sum
 from rlhf.run import Panel, RunFolder, plot_metrics, read_json_lines
 
 LIVE_COLUMNS = ("reward/mean", "accuracy/greedy", "kl/sequence", "entropy", "time/tokens_per_second")
