@@ -7,23 +7,27 @@ Every option and its default: python recipes/grpo_math.py --help, or the same wi
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from rlhf.lm.config import AlgorithmConfig, OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
+from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.embedded import build_taught_model, build_tokenizer
 from rlhf.lm.models import load_actor, load_tokenizer
 from rlhf.lm.tasks import load_task
 from rlhf.lm.trainer import Trainer
+from rlhf.presets import PRESETS
 from rlhf.run import reporting_errors
+
+GRPO = replace(PRESETS["grpo"].algorithm, kl_loss_coef=0.01)
 
 # Without --model: 132 thousand parameters, three-digit addition.
 EMBEDDED = TrainerConfig(
-    sampling=SamplingConfig(max_prompt_tokens=8, max_new_tokens=5),
-    algorithm=AlgorithmConfig(advantage="group", critic="none", kl_loss_coef=0.01),
+    sampling=SamplingConfig(max_prompt_tokens=8, max_new_tokens=8),
+    algorithm=GRPO,
     optimization=OptimizationConfig(
         steps=300,
         prompts_per_step=32,
@@ -39,7 +43,7 @@ EMBEDDED = TrainerConfig(
 # With --model: small steps, long completions.
 PRETRAINED = TrainerConfig(
     sampling=SamplingConfig(max_prompt_tokens=512, max_new_tokens=256, generation_batch_size=64),
-    algorithm=AlgorithmConfig(advantage="group", critic="none", kl_loss_coef=0.01),
+    algorithm=GRPO,
     optimization=OptimizationConfig(
         steps=200,
         prompts_per_step=32,

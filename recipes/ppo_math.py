@@ -2,28 +2,33 @@
 
     accelerate launch recipes/ppo_math.py                       # no download: a small model learns to add, on a CPU
     accelerate launch recipes/ppo_math.py --model <folder or hub id> --task gsm8k --data <folder or hub id>
+    accelerate launch recipes/ppo_math.py --preset rloo         # any algorithm of docs/algorithms.md
 
-Every option and its default: python recipes/ppo_math.py --help, or the same with --model for pretrained models.
+Every option and its default: python recipes/ppo_math.py --help, or the same with --model or --preset before it.
 """
 
 import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from rlhf.lm.config import AlgorithmConfig, OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
+from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig, with_preset
 from rlhf.lm.embedded import build_taught_model, build_tokenizer
 from rlhf.lm.models import load_actor, load_tokenizer
 from rlhf.lm.tasks import load_task
 from rlhf.lm.trainer import Trainer
+from rlhf.presets import PRESETS, PresetName
 from rlhf.run import reporting_errors
+
+PPO = PRESETS["ppo"].algorithm
 
 # Without --model: 132 thousand parameters, three-digit addition.
 EMBEDDED = TrainerConfig(
-    sampling=SamplingConfig(max_prompt_tokens=8, max_new_tokens=5),
-    algorithm=AlgorithmConfig(gae_lambda=0.95, kl_reward_coef=0.01),
+    sampling=SamplingConfig(max_prompt_tokens=8, max_new_tokens=8),
+    algorithm=PPO,
     optimization=OptimizationConfig(
         steps=200,
         prompts_per_step=256,
@@ -39,7 +44,7 @@ EMBEDDED = TrainerConfig(
 # With --model: small steps, long completions.
 PRETRAINED = TrainerConfig(
     sampling=SamplingConfig(max_prompt_tokens=512, max_new_tokens=256, generation_batch_size=64),
-    algorithm=AlgorithmConfig(gae_lambda=1.0, kl_reward_coef=0.01),
+    algorithm=replace(PPO, gae_lambda=1.0),
     optimization=OptimizationConfig(
         steps=200,
         prompts_per_step=64,
@@ -67,9 +72,27 @@ def main(config: TrainerConfig) -> None:
     Trainer(config, tokenizer=tokenizer, task=task, make_actor=make_actor).train()
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What decides the other options' defaults."""
+
+    model: str | None = None
+    """Folder or hub id of a pretrained model; None: a small one is made and taught on the spot."""
+    preset: PresetName | None = None
+    """An algorithm by name; None: PPO."""
+
+
+def parse(args: list[str]) -> TrainerConfig:
+    choice, rest = tyro.cli(Choice, args=args, return_unknown_args=True, add_help=False)
+    defaults = EMBEDDED if choice.model is None else PRETRAINED
+    defaults = replace(defaults, source=replace(defaults.source, model=choice.model))
+    if choice.preset is not None:
+        run = replace(defaults.run, run_dir=Path(f"runs/{choice.preset}_math"))
+        defaults = replace(with_preset(defaults, choice.preset), run=run)
+    return tyro.cli(tyro.conf.OmitArgPrefixes[TrainerConfig], args=rest, default=defaults, description=__doc__)
+
+
 if __name__ == "__main__":
-    has_model = any(word.split("=")[0] == "--model" for word in sys.argv)
     disable_progress_bar()  # transformers' own, which would break into ours
     with reporting_errors():
-        defaults = PRETRAINED if has_model else EMBEDDED
-        main(tyro.cli(tyro.conf.OmitArgPrefixes[TrainerConfig], default=defaults, description=__doc__))
+        main(parse(sys.argv[1:]))

@@ -70,16 +70,18 @@ def masked_whiten(
     shift_mean: bool = True,
     ddof: int = 1,
     epsilon: float = 1e-8,
+    std_epsilon: float = 0.0,
     mean: Tensor | None = None,
     var: Tensor | None = None,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + epsilon) over the True slots, 0 elsewhere.
+    """(x - mean) / (sqrt(var + epsilon) + std_epsilon) over the True slots, 0 elsewhere.
 
     Args:
         x: [...] float. mask: [...] bool.
         shift_mean: False keeps the mean (adds it back after scaling).
         ddof: 1 for the unbiased variance, 0 for the biased one.
         epsilon: added to the variance, in x's units squared.
+        std_epsilon: added to its root, in x's units.
         mean, var: [] statistics to use instead of x's own, for a batch spread over ranks; both or neither.
     Raises:
         InputError: shapes differ, the mask is not bool, only one of mean and var is given.
@@ -88,10 +90,12 @@ def masked_whiten(
     if (mean is None) != (var is None):
         raise InputError("give both mean and var, or neither")
     check_range("epsilon", epsilon, low=0)
+    check_range("std_epsilon", std_epsilon, low=0)
     # Measured from one of its own numbers, equal numbers are exactly 0; less their rounded mean they would not be.
     origin = torch.where(mask.any(), fill_masked(x, mask, -torch.inf).amax(), 0.0)
     x = fill_masked(x - origin, mask)
     if mean is None or var is None:
         mean, var = masked_mean(x, mask) + origin, masked_var(x, mask, ddof=ddof)
-    scaled = (x - (mean - origin)) * torch.where(var + epsilon > 0, var + epsilon, 1.0).rsqrt()
+    std = (var + epsilon).sqrt() + std_epsilon
+    scaled = (x - (mean - origin)) / torch.where(std > 0, std, 1.0)
     return fill_masked(scaled if shift_mean else scaled + mean, mask)

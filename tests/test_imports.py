@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 CHECKS, PRIMITIVES = {"rlhf.checks"}, {"rlhf.checks", "rlhf.masking", "rlhf.scan"}
 ESTIMATORS = {f"rlhf.{name}" for name in ("advantages", "group_advantages", "kl", "losses", "reduce", "rewards")}
 LOSSES = {"rlhf.policy_losses", "rlhf.preference_losses"}
-CORE = PRIMITIVES | ESTIMATORS | LOSSES | {"rlhf.presets"}
+NAMED = {"rlhf.conventions", "rlhf.algorithm", "rlhf.presets"}
+CORE = PRIMITIVES | ESTIMATORS | LOSSES | NAMED
 ALLOWED: dict[str, set[str]] = {
     "rlhf": set(),
     "rlhf.checks": set(),
@@ -22,7 +23,9 @@ ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(ESTIMATORS, PRIMITIVES),
     "rlhf.policy_losses": PRIMITIVES | {"rlhf.losses"},
     "rlhf.preference_losses": PRIMITIVES,
-    "rlhf.presets": PRIMITIVES | ESTIMATORS | LOSSES,
+    "rlhf.conventions": CHECKS,
+    "rlhf.algorithm": PRIMITIVES | ESTIMATORS | LOSSES | {"rlhf.conventions"},
+    "rlhf.presets": {"rlhf.algorithm"},
     "rlhf.run": CHECKS,
     "rlhf.lm": CORE | {"rlhf.run"},
     "pong": CORE | {"rlhf.run"},
@@ -101,6 +104,7 @@ def test_imports_point_one_way(path: Path) -> None:
         ("rlhf.reduce", "if True:\n    from transformers.models import x"),
         ("rlhf.advantages", "from rlhf.presets import ppo"),
         ("rlhf.presets", "from rlhf.lm.config import Config"),
+        ("rlhf.algorithm", "from rlhf.presets import PRESETS"),
         ("rlhf.run.live", "from rlhf.losses import value_loss"),
         ("rlhf.run.live", "from ..lm import trainer"),
         ("rlhf.lm.trainer", "from recipes import ppo_math"),
@@ -118,7 +122,8 @@ def test_a_wrong_import_is_found(module: str, source: str) -> None:
     [
         ("rlhf.checks", "import math, torch.nn.functional\nfrom torch import Tensor"),
         ("rlhf.advantages", "from rlhf.scan import reverse_linear_scan\nfrom rlhf import checks"),
-        ("rlhf.presets", "from rlhf import losses, kl"),
+        ("rlhf.algorithm", "from rlhf import losses, kl"),
+        ("rlhf.presets", "from rlhf.algorithm import AlgorithmConfig"),
         ("rlhf.run.live", "import rich\nfrom rlhf.checks import InputError\nfrom . import folder"),
         ("rlhf.lm.trainer", "import rlhf.losses\nfrom rlhf.run import live\nfrom .config import Config"),
         ("pong.train_ppo", "from rlhf.run import live\nfrom pong.env import Env"),
@@ -130,7 +135,7 @@ def test_a_right_import_passes(module: str, source: str) -> None:
 
 
 def test_the_core_is_where_we_look() -> None:
-    assert set(CORE_MODULES) >= PRIMITIVES | ESTIMATORS | LOSSES
+    assert set(CORE_MODULES) >= PRIMITIVES | ESTIMATORS | LOSSES | NAMED
 
 
 def test_importing_the_core_loads_torch_and_nothing_else() -> None:

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf import algorithm as algorithm_module
+from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
 from rlhf.lm import config as config_module
-from rlhf.lm.config import AlgorithmConfig, OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
+from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.rollout import prompt_indices
 
 ROOT = Path(__file__).parent.parent
@@ -39,18 +41,34 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "critic": (["separate", "shared", "none"], ["value", None]),
         "gamma": CLOSED_UNIT,
         "gae_lambda": CLOSED_UNIT,
-        "whiten_advantages": FREE,
+        "divide_by_std": FREE,
+        "center_in_groups": ([False], []),
+        "whiten_advantages": ([None, True, False], []),
+        "policy_loss": (["clip", "reinforce", "importance", "gspo", "cispo", "sapo"], ["ppo", None]),
         "clip_low": OPEN_UNIT,
         "clip_high": POSITIVE,
+        "dual_clip": ([None, 1.1, 3.0], [1.0, 0.5, math.nan]),
+        "gate_temperature_positive": POSITIVE,
+        "gate_temperature_negative": POSITIVE,
+        "sampler_weight": (["none", "token", "sequence", "sequence_mean"], ["tis", None]),
+        "sampler_weight_mode": (["truncate", "mask"], ["clip"]),
+        "sampler_weight_high": POSITIVE,
+        "sampler_weight_low": ([None, 0.0, 1.0], [-0.1, 2.1, math.nan]),
         "value_clip": ([None, 0.1, 5.0], [0.0, -1.0, math.nan]),
         "value_coef": NON_NEGATIVE,
         "entropy_coef": NON_NEGATIVE,
         "kl_reward_coef": NON_NEGATIVE,
         "kl_loss_coef": NON_NEGATIVE,
-        "kl_estimator": (["k1", "k2", "k3"], ["k4"]),
+        "kl_estimator": (["k1", "k2", "k3", "abs"], ["k4"]),
+        "kl_straight_through": FREE,
         "kl_target": ([None], [0.0, -1.0, math.nan]),
         "kl_horizon": POSITIVE,
+        "overlong_buffer": CLOSED_UNIT,
+        "overlong_scale": NON_NEGATIVE,
+        "train_on_truncated": FREE,
+        "refill_rounds": ([0], [-1]),
         "reduction": (["token_mean", "sequence_mean", "sequence_sum", "fixed_length"], ["mean"]),
+        "convention": (["ours", "cleanrl", "stable_baselines3", "openrlhf", "nemo_rl", "verl", "trl"], ["theirs"]),
     },
     OptimizationConfig: {
         "steps": COUNT,
@@ -125,6 +143,15 @@ def algorithm(**changes: Any) -> TrainerConfig:
     [
         (lambda: AlgorithmConfig(kl_target=1.0), "kl_target.*kl_reward_coef"),
         (lambda: AlgorithmConfig(advantage="group"), "advantage='group'.*critic='none', got 'separate'"),
+        (lambda: AlgorithmConfig(advantage="reward_to_go"), "advantage='reward_to_go'.*critic='none', got 'separate'"),
+        (lambda: AlgorithmConfig(clip_low=None), "clip_low=None.*policy_loss='cispo'.*got 'clip'"),
+        (lambda: AlgorithmConfig(dual_clip=3.0, policy_loss="sapo"), "dual_clip belongs to .* got 'sapo'"),
+        (lambda: AlgorithmConfig(center_in_groups=True), "center_in_groups belongs to .* got 'gae'"),
+        (lambda: AlgorithmConfig(refill_rounds=1), "refill_rounds.*advantage='gae'"),
+        (
+            lambda: AlgorithmConfig(advantage="decoupled", critic="none", kl_reward_coef=0.1),
+            "advantage='decoupled'.*kl_loss_coef instead",
+        ),
         (lambda: AlgorithmConfig(advantage="group", critic="shared"), "critic='none', got 'shared'"),
         (
             lambda: OptimizationConfig(prompts_per_step=5, samples_per_prompt=3, minibatches=4),
@@ -181,7 +208,9 @@ def test_configs_are_frozen(cls: type) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", [config_module.__file__, *sorted(ROOT.glob("recipes/*.py"))], ids=lambda f: Path(f).stem
+    "file",
+    [config_module.__file__, algorithm_module.__file__, *sorted(ROOT.glob("recipes/*.py"))],
+    ids=lambda f: Path(f).stem,
 )
 def test_every_public_field_is_documented(file: str) -> None:
     """A string under each field of each dataclass is what --help shows; groups of fields have that of their class."""

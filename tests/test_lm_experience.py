@@ -2,8 +2,8 @@
 
 import torch
 
-from rlhf.lm.config import AlgorithmConfig
-from rlhf.lm.experience import Predictions, Sequences, build_experience, sequence_kl, shaped_rewards
+from rlhf.algorithm import AlgorithmConfig
+from rlhf.lm.experience import Predictions, Sequences, build_experience, sequence_kl
 from rlhf.masking import explained_variance
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
@@ -18,9 +18,11 @@ def predictions(values: torch.Tensor | None = None) -> Predictions:
 
 
 def test_score_stands_on_the_last_action_and_kl_on_each() -> None:
-    rewards = shaped_rewards(torch.tensor([1.0, 10.0]), predictions(), MASK, kl_reward_coef=0.1)
+    experience = build_experience(
+        SEQUENCES, torch.tensor([1.0, 10.0]), torch.tensor([0, 1]), predictions(), AlgorithmConfig(), kl_reward_coef=0.1
+    )
     expected = torch.tensor([[-0.05, 0.1, 1.0], [10.0 - 0.2, 0.0, 0.0]])
-    torch.testing.assert_close(rewards, expected)
+    torch.testing.assert_close(experience.rewards, expected)
 
 
 def test_sequence_kl_is_the_mean_summed_log_ratio() -> None:

@@ -21,8 +21,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
-from rlhf.lm.config import AlgorithmConfig, OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
+from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.embedded import build_tokenizer
 from rlhf.lm.rewards import RewardModel, exact_answer
 from rlhf.lm.tasks import Task, arithmetic

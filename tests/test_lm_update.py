@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 from tiny import tiny_model
 
-from rlhf.lm.config import AlgorithmConfig, OptimizationConfig, SamplingConfig, TrainerConfig
+from rlhf.algorithm import AlgorithmConfig
+from rlhf.lm.config import OptimizationConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.experience import Experience, Sequences, build_experience, predict
 from rlhf.lm.models import Roles, assemble_roles
 from rlhf.lm.update import Learner, optimizer_step, surrogate_objective, update

@@ -1,15 +1,13 @@
 """Everything a run can be told, grouped by topic. Each field is documented, each range checked where it is set."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError, check_choice, check_range
-from rlhf.reduce import Reduction
+from rlhf.presets import PRESETS, PresetName
 
-Advantage = Literal["gae", "group"]
-KLInLoss = Literal["k1", "k2", "k3"]
-CriticKind = Literal["separate", "shared", "none"]
 LRSchedule = Literal["constant", "linear", "cosine"]
 
 
@@ -51,71 +49,6 @@ class SamplingConfig:
         check_range("max_new_tokens", self.max_new_tokens, low=1)
         check_range("temperature", self.temperature, low=0, low_open=True, high_open=True)
         check_range("generation_batch_size", self.generation_batch_size, low=1)
-
-
-@dataclass(frozen=True)
-class AlgorithmConfig:
-    """What is estimated and what is minimised."""
-
-    advantage: Advantage = "gae"
-    """gae: from rewards and the critic's values; group: scores normalised among the samples of one prompt."""
-    critic: CriticKind = "separate"
-    """separate: a trunk of its own, copied from the actor; shared: a value head on the actor's trunk; none: V = 0."""
-    gamma: float = 1.0
-    """Discount per token, 0 to 1."""
-    gae_lambda: float = 0.95
-    """0 (TD) to 1 (Monte Carlo)."""
-    whiten_advantages: bool = True
-    """Shift and scale the step's gae advantages to mean 0 and variance 1 over all of its tokens."""
-    clip_low: float = 0.2
-    """The ratio is clipped below 1 - clip_low; 0 < clip_low < 1."""
-    clip_high: float = 0.2
-    """The ratio is clipped above 1 + clip_high; > 0."""
-    value_clip: float | None = 0.2
-    """Half-width of the interval around the old values, reward units; None does not clip."""
-    value_coef: float = 0.5
-    """Weight of the value loss, 0.5 * squared error; >= 0. (With a critic of its own, only Adam's epsilon sees it.)"""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus, reward units per nat; >= 0."""
-    kl_reward_coef: float = 0.0
-    """Weight of KL to the reference in the reward (k1 per token, no gradient); >= 0."""
-    kl_loss_coef: float = 0.0
-    """Weight of KL to the reference in the loss; >= 0."""
-    kl_estimator: KLInLoss = "k3"
-    """Estimator of the KL in the loss: k2 has the KL's gradient, k3 is GRPO's, k1 has none; see rlhf.kl."""
-    kl_target: float | None = None
-    """Nats per sequence: kl_reward_coef adapts to keep KL there; None keeps the coefficient fixed."""
-    kl_horizon: float = 10_000
-    """Sequences over which the adaptive coefficient reacts; at least those of one step."""
-    reduction: Reduction = "token_mean"
-    """How per-token losses become one number: token_mean, sequence_mean, sequence_sum or fixed_length
-    (max_new_tokens)."""
-
-    def __post_init__(self) -> None:
-        check_choice("advantage", self.advantage, get_args(Advantage))
-        check_choice("critic", self.critic, get_args(CriticKind))
-        check_choice("kl_estimator", self.kl_estimator, get_args(KLInLoss))
-        check_choice("reduction", self.reduction, get_args(Reduction))
-        for name in ("gamma", "gae_lambda"):
-            check_range(name, getattr(self, name), low=0, high=1)
-        check_range("clip_low", self.clip_low, low=0, high=1, low_open=True, high_open=True)
-        check_range("clip_high", self.clip_high, low=0, low_open=True)
-        if self.value_clip is not None:
-            check_range("value_clip", self.value_clip, low=0, low_open=True, high_open=True)
-        for name in ("value_coef", "entropy_coef", "kl_reward_coef", "kl_loss_coef"):
-            check_range(name, getattr(self, name), low=0, high_open=True)
-        if self.kl_target is not None:
-            check_range("kl_target", self.kl_target, low=0, low_open=True)
-            if self.kl_reward_coef == 0:
-                raise InputError("kl_target adapts kl_reward_coef, which is 0 and would stay so: give it a value > 0")
-        check_range("kl_horizon", self.kl_horizon, low=0, low_open=True)
-        if self.advantage == "group" and self.critic != "none":
-            raise InputError(f"advantage='group' has no use for a critic: set critic='none', got {self.critic!r}")
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether KL to the reference enters the reward or the loss."""
-        return self.kl_reward_coef > 0 or self.kl_loss_coef > 0
 
 
 @dataclass(frozen=True)
@@ -224,8 +157,11 @@ class TrainerConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if self.algorithm.advantage == "group" and self.optimization.samples_per_prompt < 2:
-            raise InputError("advantage='group' compares samples of one prompt: samples_per_prompt must be at least 2")
+        if self.algorithm.compares_samples and self.optimization.samples_per_prompt < 2:
+            raise InputError(
+                f"advantage={self.algorithm.advantage!r} compares samples of one prompt: samples_per_prompt must be at "
+                "least 2"
+            )
         if self.algorithm.kl_target is not None:
             check_range("kl_horizon", self.algorithm.kl_horizon, low=self.optimization.sequences_per_step)
 
@@ -235,3 +171,15 @@ class TrainerConfig:
         config["run"]["run_dir"] = str(self.run.run_dir)
         del config["run"]["resume"]
         return config
+
+
+def with_preset(config: TrainerConfig, name: PresetName) -> TrainerConfig:
+    """The config with the preset's algorithm. A round keeps its number of sequences, in groups of 8 where they are
+    compared and there were none; what is on-policy makes one optimizer step of each round."""
+    preset, optimization = PRESETS[name], config.optimization
+    if preset.algorithm.compares_samples and optimization.samples_per_prompt == 1:
+        prompts = max(optimization.prompts_per_step // 8, 1)
+        optimization = replace(optimization, prompts_per_step=prompts, samples_per_prompt=8)
+    if preset.on_policy:
+        optimization = replace(optimization, epochs=1, minibatches=1)
+    return replace(config, algorithm=preset.algorithm, optimization=optimization)

@@ -1,20 +1,18 @@
 """From completions to Experience: log-probs, values, KL-shaped rewards, advantages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf.advantages import AdvantageEstimate, gae
-from rlhf.group_advantages import group_normalized_advantages
+from rlhf.algorithm import AlgorithmConfig, estimate_advantages
 from rlhf.kl import kl_estimate
-from rlhf.lm.config import AlgorithmConfig
 from rlhf.lm.logprobs import policy_output
 from rlhf.lm.models import Roles
-from rlhf.masking import fill_masked, masked_mean, masked_sum, masked_whiten
+from rlhf.masking import fill_masked, masked_mean, masked_sum
 from rlhf.rewards import rewards_at_last_action
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -33,7 +31,8 @@ class Sequences:
         picked = Sequences(self.sequence_ids[rows], self.attention_mask[rows], self.action_mask[rows])
         prompt = picked.attention_mask.shape[1] - picked.action_mask.shape[1]
         used = picked.attention_mask.any(0).nonzero()
-        first, length = int(used.min()), int(picked.action_mask.any(0).nonzero().max()) + 1
+        chosen = picked.action_mask.any(0).nonzero()
+        first, length = int(used.min()), int(chosen.max()) + 1 if len(chosen) else 1
         columns = slice(min(first, prompt - 1), prompt + length)
         return Sequences(
             picked.sequence_ids[:, columns], picked.attention_mask[:, columns], picked.action_mask[:, :length]
@@ -62,7 +61,8 @@ class Experience:
     # What happened
     sequences: Sequences
     rewards: Tensor  # per-token reward: the score on the last action, minus the KL penalty on each
-    # Under the weights that made it
+    # Under the weights that made it, as the rollout engine says and as the actor does
+    sampler_log_probs: Tensor | None
     old_log_probs: Tensor
     ref_log_probs: Tensor | None
     old_values: Tensor | None
@@ -74,19 +74,17 @@ class Experience:
         """These rows, cut to the longest completion among them."""
         sequences = self.sequences[rows]
         length = sequences.action_mask.shape[1]
+        return self._changed(sequences, lambda x: x[rows, :length])
 
-        def cut(x: Tensor) -> Tensor:
-            return x[rows, :length]
+    def without_actions_of(self, rows: Tensor) -> "Experience":
+        """The same with nothing to learn from these rows ([B] bool)."""
+        sequences = replace(self.sequences, action_mask=self.sequences.action_mask & ~rows[:, None])
+        return self._changed(sequences, lambda x: fill_masked(x, sequences.action_mask))
 
-        return Experience(
-            sequences=sequences,
-            rewards=cut(self.rewards),
-            old_log_probs=cut(self.old_log_probs),
-            ref_log_probs=None if self.ref_log_probs is None else cut(self.ref_log_probs),
-            old_values=None if self.old_values is None else cut(self.old_values),
-            advantages=cut(self.advantages),
-            returns=None if self.returns is None else cut(self.returns),
-        )
+    def _changed(self, sequences: Sequences, change: Callable[[Tensor], Tensor]) -> "Experience":
+        columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sequences"}
+        changed: dict[str, Any] = {name: None if x is None else change(x) for name, x in columns.items()}
+        return Experience(sequences, **changed)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -125,9 +123,14 @@ def build_experience(
     scores: Tensor,
     group_ids: Tensor,
     predictions: Predictions,
-    config: AlgorithmConfig,
+    algorithm: AlgorithmConfig,
     *,
     kl_reward_coef: float,
+    sampler_log_probs: Tensor | None = None,
+    greedy_scores: Tensor | None = None,
+    components: Tensor | None = None,
+    weights: Sequence[float] | None = None,
+    is_finished: Tensor | None = None,
 ) -> Experience:
     """Shape the rewards and estimate the advantages. Needs the whole round: whitening and groups span processes.
 
@@ -135,40 +138,36 @@ def build_experience(
         scores: [B] float, one verdict per sequence.
         group_ids: [B] int64, equal for samples of one prompt.
         kl_reward_coef: the coefficient in force, reward units per nat.
+        sampler_log_probs: [B, T] nats, as the engine reported them.
+        greedy_scores, components, weights: see `rlhf.algorithm.estimate_advantages`.
+        is_finished: [B] bool; with train_on_truncated=False the others lose their actions.
     """
     mask = sequences.action_mask
-    rewards = shaped_rewards(scores, predictions, mask, kl_reward_coef=kl_reward_coef)
-    if config.advantage == "group":
-        per_sequence = group_normalized_advantages(masked_sum(rewards, mask, dim=-1), group_ids)
-        estimate = None
-        advantages = fill_masked(per_sequence[:, None].expand_as(rewards), mask)
-    else:
-        estimate = _gae(rewards, predictions.values, mask, config)
-        advantages = masked_whiten(estimate.advantages, mask) if config.whiten_advantages else estimate.advantages
-    return Experience(
+    penalties = kl_rewards(predictions, mask, kl_reward_coef=kl_reward_coef)
+    is_trained = None if algorithm.train_on_truncated else is_finished
+    estimate = estimate_advantages(
+        algorithm, mask, scores=scores.to(penalties), group_ids=group_ids, token_rewards=penalties,
+        values=predictions.values, greedy_scores=greedy_scores, components=components, weights=weights,
+        is_trained=is_trained,
+    )  # fmt: skip
+    experience = Experience(
         sequences=sequences,
-        rewards=rewards,
+        rewards=penalties + rewards_at_last_action(scores.to(penalties), mask),
+        sampler_log_probs=sampler_log_probs,
         old_log_probs=predictions.log_probs,
         ref_log_probs=predictions.ref_log_probs,
         old_values=predictions.values,
-        advantages=advantages,
-        returns=estimate.returns if estimate is not None and predictions.values is not None else None,
+        advantages=estimate.advantages,
+        returns=estimate.returns if predictions.values is not None else None,
     )
+    return experience if is_trained is None else experience.without_actions_of(~is_trained)
 
 
-def shaped_rewards(scores: Tensor, predictions: Predictions, mask: Tensor, *, kl_reward_coef: float) -> Tensor:
-    """[B, T]: the score at each row's last action, minus kl_reward_coef times k1 at every action."""
-    rewards = torch.zeros_like(predictions.log_probs)
-    if predictions.ref_log_probs is not None:
-        kl = kl_estimate(predictions.log_probs, predictions.ref_log_probs, mask, estimator="k1")
-        rewards = rewards - kl_reward_coef * kl
-    return rewards + rewards_at_last_action(scores.to(rewards), mask)
-
-
-def _gae(rewards: Tensor, values: Tensor | None, mask: Tensor, config: AlgorithmConfig) -> AdvantageEstimate:
-    """A completion cut off at the length limit was judged as it stands: it counts as ended, like one that stopped."""
-    values = torch.zeros_like(rewards) if values is None else values
-    return gae(rewards, values, mask, gamma=config.gamma, gae_lambda=config.gae_lambda)
+def kl_rewards(predictions: Predictions, mask: Tensor, *, kl_reward_coef: float) -> Tensor:
+    """[B, T]: minus kl_reward_coef times k1 at every action; 0 without a reference."""
+    if predictions.ref_log_probs is None:
+        return torch.zeros_like(predictions.log_probs)
+    return -kl_reward_coef * kl_estimate(predictions.log_probs, predictions.ref_log_probs, mask, estimator="k1")
 
 
 def sequence_kl(predictions: Predictions, mask: Tensor) -> float:

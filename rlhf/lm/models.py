@@ -17,8 +17,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from rlhf.algorithm import CriticKind
 from rlhf.checks import InputError, brief
-from rlhf.lm.config import CriticKind
 from rlhf.lm.logprobs import position_ids
 
 

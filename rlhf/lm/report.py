@@ -24,27 +24,28 @@ PANELS = (
 
 def collection_metrics(rollout: Rollout, experience: Experience) -> dict[str, float]:
     """Of one round's completions, under the policy that made them."""
-    mask = rollout.sequences.action_mask
-    total = rollout.scores.total
+    batch = rollout.batch
+    mask, total = batch.action_mask, batch.scores
     metrics = {
         "reward/mean": float(total.mean()),
         "reward/std": float(total.std(correction=0)),
         "completion/length": float(mask.sum(-1).float().mean()),
-        "completion/finished": float(rollout.is_finished.float().mean()),
+        "completion/finished": float(batch.is_finished.float().mean()),
         "entropy": mean_entropy(rollout.predictions, mask),
         "sampler/log_prob_gap": rollout.log_prob_gap,
     }
-    if len(rollout.scores.components) > 1:
-        metrics |= {f"reward/{name}": float(x.mean()) for name, x in rollout.scores.components.items()}
+    if len(rollout.reward_names) > 1:
+        means = batch.components.mean(0).tolist()
+        metrics |= {f"reward/{name}": x for name, x in zip(rollout.reward_names, means, strict=True)}
     if experience.ref_log_probs is not None:
         metrics["kl/sequence"] = sequence_kl(rollout.predictions, mask)
         metrics["reward/shaped"] = float(masked_sum(experience.rewards, mask) / len(mask))
     if experience.old_values is not None and experience.returns is not None:
         metrics["value/explained_variance"] = explained_variance(experience.old_values, experience.returns, mask)
         metrics["value/mean"] = float(masked_sum(experience.old_values, mask) / mask.sum())
-    groups = total.view(int(rollout.group_ids.max()) + 1, -1)
-    if groups.shape[1] > 1:
-        metrics["groups/without_signal"] = float((groups == groups[:, :1]).all(-1).float().mean())
+    if int(rollout.group_ids.max()) + 1 < len(total):
+        metrics["groups/without_signal"] = rollout.without_signal
+        metrics["groups/draws"] = rollout.draws
     return metrics
 
 

@@ -10,12 +10,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.lm.config import SamplingConfig, TrainerConfig
+from rlhf.lm.dynamic_sampling import Batch, has_signal, refill
 from rlhf.lm.experience import Predictions, Sequences, predict
 from rlhf.lm.generation import Engine
 from rlhf.lm.models import Roles
-from rlhf.lm.rewards import RewardFunction, Row, Scores, score
+from rlhf.lm.rewards import RewardFunction, Row, name_of, score
 from rlhf.lm.tasks import Task, pad_left, tokenize_prompts
+from rlhf.rewards import overlong_penalty
 from rlhf.run.seeding import draw_seeds, generator_for
+
+OVERLONG = "overlong"  # the penalty's name among the rewards
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,15 @@ class PromptSet:
 class Rollout:
     """One round's completions. Tensors span all processes; texts are those of this process."""
 
-    sequences: Sequences
+    batch: Batch
     predictions: Predictions
-    scores: Scores
+    reward_names: list[str]  # [K] of the batch's components
     group_ids: Tensor  # [B] int64
-    is_finished: Tensor  # [B] bool
     log_prob_gap: float  # largest |sampler's - recomputed| log-prob, nats
     texts: list[tuple[Row, str, float]]  # (row, completion, score) of the local sequences
+    tokens: int  # chosen in all draws
+    draws: int  # times that prompts_per_step prompts were drawn: more than 1 with dynamic sampling
+    without_signal: float  # share of all groups drawn whose scores are all equal; 0 for single samples
 
 
 @dataclass(frozen=True)
@@ -98,62 +104,106 @@ def collect(
     roles: Roles,
     prompts: PromptSet,
     reward_functions: Sequence[RewardFunction],
+    config: TrainerConfig,
     *,
-    step: int,
-    seed: int,
-    prompts_per_step: int,
-    samples_per_prompt: int,
     reward_weights: Sequence[float] | None,
-    scoring_batch_size: int,
+    first_draw: int,
 ) -> Rollout:
-    """Complete and score this step's prompts.
+    """Complete and score the next prompts; with `refill_rounds`, go on until enough groups have signal.
 
-    What is drawn depends on (seed, step) and a sequence's place in the round, not on the number of processes.
+    What is drawn depends on (seed, draw) and a sequence's place in it, not on the number of processes.
 
     Args:
-        step: rounds collected so far; decides which prompts are next.
-        prompts_per_step, samples_per_prompt: over all processes; B is their product.
-        scoring_batch_size: sequences per forward of actor, reference and critic.
+        first_draw: draws so far, over all rounds; decides which prompts are next.
     Returns:
         The round of all processes, the same on each but for `texts`.
     Raises:
         InputError: as `rewards.score`.
     """
-    accelerator = sampler.accelerator
-    chosen = prompt_indices(len(prompts), step=step, count=prompts_per_step, seed=seed)
-    width = max(len(prompts.token_ids[i]) for i in chosen)
-    indices = [i for i in chosen for _ in range(samples_per_prompt)]
-    seeds = draw_seeds(len(indices), generator_for(seed, "completions", step))
-    share = len(indices) // accelerator.num_processes
-    mine = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    accelerator, optimization = sampler.accelerator, config.optimization
+    samples = optimization.samples_per_prompt
+    batches: list[Batch] = []
+    texts: list[tuple[Row, str, float]] = []
+    for draw in range(first_draw, first_draw + 1 + config.algorithm.refill_rounds):
+        batch, new_texts = _draw(sampler, prompts, reward_functions, reward_weights, config, draw)
+        batches.append(batch)
+        texts += new_texts
+        if sum(int(has_signal(x.scores, samples).sum()) for x in batches) >= optimization.prompts_per_step:
+            break
+    batch = refill(batches, samples_per_prompt=samples) if len(batches) > 1 else batches[0]
 
-    sequences, sampler_log_probs, is_finished, texts = sampler.complete(
-        prompts, indices[mine], width=width, seeds=seeds[mine]
-    )
-    rows = [prompts.rows[i] for i in indices[mine]]
-    scores = score(reward_functions, rows, texts, weights=reward_weights)
+    share = len(batch.scores) // accelerator.num_processes
+    mine = torch.arange(share, device=accelerator.device) + accelerator.process_index * share
+    local = batch.sequences[mine]
     predictions = predict(
         roles,
-        sequences,
+        local,
         temperature=sampler.sampling.temperature,
-        batch_size=scoring_batch_size,
+        batch_size=optimization.micro_batch_size,
         autocast=accelerator.autocast,
     )
-    gap = (predictions.log_probs - sampler_log_probs).abs().max()
-    device = accelerator.device
-    group_ids = torch.arange(prompts_per_step, device=device).repeat_interleave(samples_per_prompt)
+    sampled = batch.sampler_log_probs[mine, : local.action_mask.shape[1]]
+    gap = (predictions.log_probs - sampled).abs().max()
+    drawn = torch.cat([has_signal(x.scores, samples) for x in batches])
     return Rollout(
-        sequences=_gather_sequences(sequences, sampler.tokenizer.pad_token_id, accelerator),
-        predictions=_gather_predictions(predictions, accelerator),
-        scores=Scores(
-            accelerator.gather(scores.total.to(device)),
-            {name: accelerator.gather(x.to(device)) for name, x in scores.components.items()},
-        ),
-        group_ids=group_ids,
-        is_finished=accelerator.gather(is_finished),
+        batch=batch,
+        predictions=_gather_predictions(predictions, batch.action_mask.shape[1], accelerator),
+        reward_names=[*map(name_of, reward_functions), *([OVERLONG] if config.algorithm.overlong_buffer else [])],
+        group_ids=torch.arange(len(batch.scores), device=accelerator.device) // samples,
         log_prob_gap=float(accelerator.gather(gap.float().reshape(1)).max()),
-        texts=list(zip(rows, texts, scores.total.tolist(), strict=True)),
+        texts=texts,
+        tokens=sum(int(x.action_mask.sum()) for x in batches),
+        draws=len(batches),
+        without_signal=float((~drawn).float().mean()) if samples > 1 else 0.0,
     )
+
+
+def _draw(
+    sampler: Sampler,
+    prompts: PromptSet,
+    reward_functions: Sequence[RewardFunction],
+    reward_weights: Sequence[float] | None,
+    config: TrainerConfig,
+    draw: int,
+) -> tuple[Batch, list[tuple[Row, str, float]]]:
+    """The batch of all processes for `prompts_per_step` prompts; rows, texts and scores of this process."""
+    accelerator, optimization, seed = sampler.accelerator, config.optimization, config.run.seed
+    samples = optimization.samples_per_prompt
+    chosen = prompt_indices(len(prompts), step=draw, count=optimization.prompts_per_step, seed=seed)
+    width = max(len(prompts.token_ids[i]) for i in chosen)
+    seeds = draw_seeds(len(chosen) * samples, generator_for(seed, "completions", draw))
+    share = len(chosen) // accelerator.num_processes
+    first = accelerator.process_index * share
+    mine, my_seeds = chosen[first : first + share], seeds[first * samples : (first + share) * samples]
+
+    indices = [i for i in mine for _ in range(samples)]
+    sequences, sampler_log_probs, is_finished, texts = sampler.complete(prompts, indices, width=width, seeds=my_seeds)
+    rows = [prompts.rows[i] for i in indices]
+    scores = score(reward_functions, rows, texts, weights=reward_weights)
+    total, components = scores.total, list(scores.components.values())
+    if config.algorithm.overlong_buffer:
+        components.append(_overlong(sequences.action_mask, config).cpu())
+        total = total + components[-1]
+    greedy_scores = torch.zeros(len(rows))
+    if config.algorithm.advantage == "greedy_baseline":
+        *_, answers = sampler.complete(prompts, mine, width=width, seeds=None)
+        found = score(reward_functions, [prompts.rows[i] for i in mine], answers, weights=reward_weights)
+        greedy_scores = found.total.repeat_interleave(samples)
+    columns = (is_finished, total, torch.stack(components, -1), greedy_scores)
+    batch = Batch(
+        _gather_padded(sequences.sequence_ids, sampler.tokenizer.pad_token_id, accelerator),
+        _gather_padded(sequences.attention_mask, False, accelerator),
+        _gather_padded(sequences.action_mask, False, accelerator),
+        _gather_padded(sampler_log_probs, 0.0, accelerator),
+        *(accelerator.gather(x.to(accelerator.device)) for x in columns),
+    )
+    return batch, list(zip(rows, texts, total.tolist(), strict=True))
+
+
+def _overlong(action_mask: Tensor, config: TrainerConfig) -> Tensor:
+    limit, algorithm = config.sampling.max_new_tokens, config.algorithm
+    buffer = max(round(algorithm.overlong_buffer * limit), 1)
+    return overlong_penalty(action_mask.sum(-1), max_length=limit, buffer=buffer, scale=algorithm.overlong_scale)
 
 
 def accuracy(
@@ -185,17 +235,11 @@ def _order(total: int, epoch: int, seed: int) -> list[int]:
     return torch.randperm(total, generator=generator_for(seed, "prompts", epoch)).tolist()
 
 
-def _gather_sequences(sequences: Sequences, pad_token_id: int, accelerator: Accelerator) -> Sequences:
-    return Sequences(
-        _gather_padded(sequences.sequence_ids, pad_token_id, accelerator),
-        _gather_padded(sequences.attention_mask, False, accelerator),
-        _gather_padded(sequences.action_mask, False, accelerator),
-    )
+def _gather_predictions(predictions: Predictions, length: int, accelerator: Accelerator) -> Predictions:
+    """Of all processes, padded to `length` completion tokens."""
 
-
-def _gather_predictions(predictions: Predictions, accelerator: Accelerator) -> Predictions:
     def gathered(x: Tensor) -> Tensor:
-        return _gather_padded(x, 0.0, accelerator)
+        return accelerator.gather(torch.nn.functional.pad(x, (0, length - x.shape[1])))
 
     return Predictions(
         gathered(predictions.log_probs),

@@ -92,7 +92,7 @@ class Trainer:
         else:
             check_creatable(run.run_dir)
         self._build_models(make_actor, make_engine)
-        self.step, self.tokens, self.kl_coef = 0, 0, config.algorithm.kl_reward_coef
+        self.step, self.tokens, self.draws, self.kl_coef = 0, 0, 0, config.algorithm.kl_reward_coef
         self.first_evaluation: dict[str, float] | None = None
         if run.resume:
             self._restore()
@@ -201,27 +201,31 @@ class Trainer:
 
     def train_step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Collect one round and update on it: metrics, and the samples worth keeping."""
-        config, seed, step = self.config, self.config.run.seed, self.step
+        config = self.config
         started = time.perf_counter()
         rollout = collect(
             self.sampler,
             self.roles,
             self.train_prompts,
             self.reward_functions,
-            step=step,
-            seed=seed,
-            prompts_per_step=config.optimization.prompts_per_step,
-            samples_per_prompt=config.optimization.samples_per_prompt,
+            config,
             reward_weights=self.reward_weights,
-            scoring_batch_size=config.optimization.micro_batch_size,
+            first_draw=self.draws,
         )
+        self.draws += rollout.draws
+        batch, weights = rollout.batch, self.reward_weights or [1.0] * len(self.reward_functions)
         experience = build_experience(
-            rollout.sequences,
-            rollout.scores.total,
+            batch.sequences,
+            batch.scores,
             rollout.group_ids,
             rollout.predictions,
             config.algorithm,
             kl_reward_coef=self.kl_coef,
+            sampler_log_probs=batch.sampler_log_probs,
+            greedy_scores=batch.greedy_scores,
+            components=batch.components,
+            weights=[*weights, *[1.0] * (len(rollout.reward_names) - len(weights))],
+            is_finished=batch.is_finished,
         )
         metrics = collection_metrics(rollout, experience)
         metrics |= {"kl/coef": self.kl_coef, "lr": self.learner.scheduler.get_last_lr()[0]}
@@ -229,15 +233,14 @@ class Trainer:
         metrics |= self._update(experience)
         ended = time.perf_counter()
 
-        self._adapt_kl_coef(sequence_kl(rollout.predictions, rollout.sequences.action_mask))
+        self._adapt_kl_coef(sequence_kl(rollout.predictions, batch.action_mask))
         self.step += 1
-        new_tokens = int(rollout.sequences.action_mask.sum())
-        self.tokens += new_tokens
+        self.tokens += rollout.tokens
         metrics |= {
             "tokens": self.tokens,
             "time/collect": collected - started,
             "time/update": ended - collected,
-            "time/tokens_per_second": new_tokens / (ended - started),
+            "time/tokens_per_second": rollout.tokens / (ended - started),
         }
         return metrics, sample_rows(rollout, self.step, config.run.samples_per_log)
 
@@ -298,6 +301,7 @@ class Trainer:
         return {
             "step": self.step,
             "tokens": self.tokens,
+            "draws": self.draws,
             "kl_coef": self.kl_coef,
             "first_evaluation": self.first_evaluation,
             "actor": dict(self.roles.actor.state_dict()),
@@ -310,7 +314,8 @@ class Trainer:
 
     def _restore(self) -> None:
         state = load_state(self._checkpoint)
-        self.step, self.tokens, self.kl_coef = state["step"], state["tokens"], state["kl_coef"]
+        self.step, self.tokens, self.draws = state["step"], state["tokens"], state["draws"]
+        self.kl_coef = state["kl_coef"]
         self.first_evaluation = state["first_evaluation"]
         self.roles.actor.load_state_dict(state["actor"])
         if self.roles.critic is not None:

@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from rlhf import losses
+from rlhf.algorithm import AlgorithmConfig, kl_to_reference, policy_loss
 from rlhf.checks import InputError
 from rlhf.kl import kl_estimate
-from rlhf.lm.config import AlgorithmConfig, TrainerConfig
+from rlhf.lm.config import TrainerConfig
 from rlhf.lm.experience import Experience
 from rlhf.lm.logprobs import policy_output
 from rlhf.lm.models import Roles
@@ -77,7 +78,7 @@ def optimizer_step(
     """
     algorithm = config.algorithm
     mask = experience.sequences.action_mask[rows]
-    denominator = count(mask, how=algorithm.reduction)
+    denominator = count(mask, how=algorithm.reduction) + algorithm.numbers.count_epsilon
     sums: dict[str, Tensor] = {}
     mine = rows[accelerator.process_index :: accelerator.num_processes]
     for part in mine.split(config.optimization.micro_batch_size) if len(mine) else ():
@@ -127,18 +128,18 @@ def surrogate_objective(
         with_entropy=algorithm.entropy_coef > 0,
         with_hidden=roles.critic_reads_actor,
     )
-    surrogate = losses.clipped_surrogate_loss(
+    surrogate = policy_loss(
+        algorithm,
         policy.log_probs,
         part.old_log_probs,
         part.advantages,
         mask,
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
+        sampler_log_probs=part.sampler_log_probs,
     )
-    loss = policy_loss = reduced(surrogate.loss)
+    loss = reduced(surrogate.loss)
     old_kl = kl_estimate(part.old_log_probs, policy.log_probs, mask, estimator="k3")
     terms = {
-        "policy/loss": policy_loss,
+        "policy/loss": loss,
         "ratio/clip_fraction": masked_sum(surrogate.is_clipped.float(), mask),
         "ratio/approx_kl": masked_sum(old_kl, mask),
     }
@@ -146,7 +147,7 @@ def surrogate_objective(
         loss = loss - algorithm.entropy_coef * reduced(policy.entropy)
     if algorithm.kl_loss_coef > 0:
         assert part.ref_log_probs is not None
-        kl = reduced(kl_estimate(policy.log_probs, part.ref_log_probs, mask, estimator=algorithm.kl_estimator))
+        kl = reduced(kl_to_reference(algorithm, policy.log_probs, part.ref_log_probs, mask))
         loss = loss + algorithm.kl_loss_coef * kl
         terms["kl/loss"] = kl
     if roles.critic is not None:
@@ -155,7 +156,7 @@ def surrogate_objective(
         value = losses.value_loss(
             values, part.returns, mask, old_values=part.old_values, value_clip=algorithm.value_clip
         )
-        value_loss = reduced(value.loss)
+        value_loss = algorithm.numbers.value_loss_factor * reduced(value.loss)
         loss = loss + algorithm.value_coef * value_loss
         terms["value/loss"] = value_loss
         terms["value/clip_fraction"] = masked_sum(value.is_clipped.float(), mask)

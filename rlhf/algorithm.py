@@ -1,0 +1,360 @@
+"""An algorithm as data, and the functions of the core that the data chooses: advantages, policy loss, KL term.
+
+`rlhf.presets` names combinations. In somebody else's training loop:
+
+    algorithm = PRESETS["grpo"].algorithm
+    advantages = estimate_advantages(algorithm, action_mask, scores=scores, group_ids=group_ids).advantages
+    loss = policy_loss(algorithm, log_probs, old_log_probs, advantages, action_mask).loss
+    denominator = reduce.count(action_mask, how=algorithm.reduction)       # of the whole optimizer step
+    reduce.reduce(loss, action_mask, how=algorithm.reduction, denominator=denominator).backward()
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from rlhf.advantages import gae, monte_carlo_returns
+from rlhf.checks import InputError, check_choice, check_mask, check_range, check_same_shape
+from rlhf.conventions import CONVENTIONS, Convention
+from rlhf.group_advantages import (
+    best_of_group_advantages,
+    decoupled_group_advantages,
+    group_normalized_advantages,
+    leave_one_out_advantages,
+    length_weighted_advantages,
+    mean_normalized_advantages,
+)
+from rlhf.kl import KLEstimator, kl_estimate
+from rlhf.losses import SurrogateTerms, clipped_surrogate_loss, importance_weighted_loss, reinforce_loss
+from rlhf.masking import fill_masked, masked_sum, masked_whiten
+from rlhf.policy_losses import WeightMode, cispo_loss, gspo_loss, sampler_importance_weights, sapo_loss
+from rlhf.reduce import Reduction
+from rlhf.rewards import rewards_at_last_action
+
+Advantage = Literal[
+    "gae", "reward_to_go", "greedy_baseline", "group", "leave_one_out", "length_weighted", "mean_normalized",
+    "best_of_group", "decoupled",
+]  # fmt: skip
+PolicyLoss = Literal["clip", "reinforce", "importance", "gspo", "cispo", "sapo"]
+SamplerWeight = Literal["none", "token", "sequence", "sequence_mean"]
+CriticKind = Literal["separate", "shared", "none"]
+ConventionName = Literal["ours", "cleanrl", "stable_baselines3", "openrlhf", "nemo_rl", "verl", "trl"]
+OF_GROUPS = ("group", "leave_one_out", "length_weighted", "mean_normalized", "best_of_group", "decoupled")
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig:
+    """What is estimated and what is minimised. The defaults are PPO's."""
+
+    advantage: Advantage = "gae"
+    """gae: from rewards and the critic's values; reward_to_go: the rewards to come; greedy_baseline: that minus the
+    score of the prompt's greedy completion; the others compare the samples of one prompt, see rlhf.group_advantages
+    (decoupled: for each reward function by itself)."""
+    critic: CriticKind = "separate"
+    """separate: a trunk of its own, copied from the actor; shared: a value head on the actor's trunk; none: V = 0."""
+    gamma: float = 1.0
+    """Discount per token, 0 to 1 (gae, reward_to_go, greedy_baseline)."""
+    gae_lambda: float = 0.95
+    """0 (TD) to 1 (Monte Carlo)."""
+    divide_by_std: bool = True
+    """Divide by the std of the group's scores (group, leave_one_out, best_of_group, decoupled)."""
+    center_in_groups: bool = False
+    """Subtract the group's mean from each score first (reward_to_go)."""
+    whiten_advantages: bool | None = None
+    """Shift and scale the step's advantages to mean 0 and variance 1 over all of its tokens. None: for gae,
+    reward_to_go and decoupled, as their authors do."""
+    policy_loss: PolicyLoss = "clip"
+    """clip: PPO's clipped surrogate; reinforce: log-prob times advantage; importance: ratio times advantage, unclipped;
+    gspo: one ratio per sequence; cispo: REINFORCE under a clipped weight; sapo: a soft gate."""
+    clip_low: float | None = 0.2
+    """The ratio is clipped below 1 - clip_low; 0 < clip_low < 1. None: not at all (cispo only)."""
+    clip_high: float = 0.2
+    """The ratio is clipped above 1 + clip_high; > 0."""
+    dual_clip: float | None = None
+    """Bounds the ratio of actions with a negative advantage too; > 1 (clip, gspo)."""
+    gate_temperature_positive: float = 1.0
+    """How narrow sapo's gate is where the advantage is positive; > 0."""
+    gate_temperature_negative: float = 1.05
+    """And elsewhere; > 0."""
+    sampler_weight: SamplerWeight = "none"
+    """Weigh the policy loss by actor's over sampler's probability, of each token, of each sequence, or its geometric
+    mean over the sequence: for rollout engines whose probabilities are not quite the actor's."""
+    sampler_weight_mode: WeightMode = "truncate"
+    """truncate: weights are held within their bounds; mask: those outside are 0."""
+    sampler_weight_high: float = 2.0
+    """Upper bound of those weights; > 0."""
+    sampler_weight_low: float | None = None
+    """Their lower bound; None: 0."""
+    value_clip: float | None = 0.2
+    """Half-width of the interval around the old values, reward units; None does not clip."""
+    value_coef: float = 0.5
+    """Weight of the value loss, 0.5 * squared error; >= 0. (With a critic of its own, only Adam's epsilon sees it.)"""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus, reward units per nat; >= 0."""
+    kl_reward_coef: float = 0.0
+    """Weight of KL to the reference in the reward (k1 per token, no gradient); >= 0."""
+    kl_loss_coef: float = 0.0
+    """Weight of KL to the reference in the loss; >= 0."""
+    kl_estimator: KLEstimator = "k3"
+    """Estimator of the KL in the loss: k2 has the KL's gradient, k3 is GRPO's, k1 has none; see rlhf.kl."""
+    kl_straight_through: bool = False
+    """The estimator's value with k2's gradient."""
+    kl_target: float | None = None
+    """Nats per sequence: kl_reward_coef adapts to keep KL there; None keeps the coefficient fixed."""
+    kl_horizon: float = 10_000
+    """Sequences over which the adaptive coefficient reacts; at least those of one step."""
+    overlong_buffer: float = 0.0
+    """Completions that come within this share of max_new_tokens of the limit lose score, in a straight line; 0: none
+    does."""
+    overlong_scale: float = 1.0
+    """What a completion at the limit loses, score units; >= 0."""
+    train_on_truncated: bool = True
+    """False: completions cut off at the limit are left out of the loss. Their scores still count in their groups."""
+    refill_rounds: int = 0
+    """Dynamic sampling: up to this many more rounds of prompts replace groups whose scores are all equal."""
+    reduction: Reduction = "token_mean"
+    """How per-token losses become one number: token_mean, sequence_mean, sequence_sum or fixed_length
+    (max_new_tokens)."""
+    convention: ConventionName = "ours"
+    """Whose epsilons, clamps and degrees of freedom, where programs differ: see rlhf.conventions."""
+
+    def __post_init__(self) -> None:
+        for name, options in _CHOICES.items():
+            check_choice(name, getattr(self, name), options)
+        for name in ("gamma", "gae_lambda"):
+            check_range(name, getattr(self, name), low=0, high=1)
+        if self.clip_low is not None:
+            check_range("clip_low", self.clip_low, low=0, high=1, low_open=True, high_open=True)
+        elif self.policy_loss != "cispo":
+            raise InputError(f"clip_low=None clips nothing below, which only policy_loss='cispo' allows, got "
+                             f"{self.policy_loss!r}: give a clip_low between 0 and 1")  # fmt: skip
+        if self.dual_clip is not None:
+            check_range("dual_clip", self.dual_clip, low=1, low_open=True)
+            if self.policy_loss not in ("clip", "gspo"):
+                raise InputError(f"dual_clip belongs to policy_loss='clip' or 'gspo', got {self.policy_loss!r}")
+        for name in ("clip_high", "gate_temperature_positive", "gate_temperature_negative", "sampler_weight_high",
+                     "value_clip", "kl_target", "kl_horizon"):  # fmt: skip
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), low=0, low_open=True, high_open=True)
+        if self.sampler_weight_low is not None:
+            check_range("sampler_weight_low", self.sampler_weight_low, low=0, high=self.sampler_weight_high)
+        for name in ("value_coef", "entropy_coef", "kl_reward_coef", "kl_loss_coef", "overlong_scale"):
+            check_range(name, getattr(self, name), low=0, high_open=True)
+        check_range("overlong_buffer", self.overlong_buffer, low=0, high=1)
+        check_range("refill_rounds", self.refill_rounds, low=0)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.kl_target is not None and self.kl_reward_coef == 0:
+            raise InputError("kl_target adapts kl_reward_coef, which is 0 and would stay so: give it a value > 0")
+        if self.advantage != "gae" and self.critic != "none":
+            raise InputError(
+                f"advantage={self.advantage!r} has no use for a critic: set critic='none', got {self.critic!r}"
+            )
+        if self.advantage == "decoupled" and self.kl_reward_coef > 0:
+            raise InputError("advantage='decoupled' normalises each reward function by itself, and KL is none: use "
+                             "kl_loss_coef instead of kl_reward_coef")  # fmt: skip
+        if self.center_in_groups and self.advantage != "reward_to_go":
+            raise InputError(f"center_in_groups belongs to advantage='reward_to_go', got {self.advantage!r}")
+        if self.refill_rounds and not self.compares_samples:
+            raise InputError(
+                f"refill_rounds replaces groups without signal, but advantage={self.advantage!r} does not compare the "
+                "samples of a prompt: set refill_rounds=0"
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether KL to the reference enters the reward or the loss."""
+        return self.kl_reward_coef > 0 or self.kl_loss_coef > 0
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether advantages need several samples of each prompt."""
+        return self.advantage in OF_GROUPS or self.center_in_groups
+
+    @property
+    def numbers(self) -> Convention:
+        """The convention itself."""
+        return CONVENTIONS[self.convention]
+
+    @property
+    def whitens(self) -> bool:
+        """`whiten_advantages`, decided."""
+        default = self.advantage in ("gae", "reward_to_go", "decoupled")
+        return default if self.whiten_advantages is None else self.whiten_advantages
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "advantage": get_args(Advantage),
+    "critic": get_args(CriticKind),
+    "policy_loss": get_args(PolicyLoss),
+    "sampler_weight": get_args(SamplerWeight),
+    "sampler_weight_mode": get_args(WeightMode),
+    "kl_estimator": get_args(KLEstimator),
+    "reduction": get_args(Reduction),
+    "convention": get_args(ConventionName),
+}
+
+
+class Estimate(NamedTuple):
+    """advantages [B, T], 0 in masked slots; returns [B, T], the critic's targets, with gae alone."""
+
+    advantages: Tensor
+    returns: Tensor | None
+
+
+def estimate_advantages(
+    algorithm: AlgorithmConfig,
+    action_mask: Tensor,
+    *,
+    scores: Tensor,
+    group_ids: Tensor,
+    token_rewards: Tensor | None = None,
+    values: Tensor | None = None,
+    greedy_scores: Tensor | None = None,
+    components: Tensor | None = None,
+    weights: Tensor | Sequence[float] | None = None,
+    is_trained: Tensor | None = None,
+) -> Estimate:
+    """Advantages by the algorithm's estimator, whitened if it says so. The whole batch: groups and whitening span it.
+
+    A completion cut off at the length limit was judged as it stands: it counts as ended, like one that stopped.
+
+    Args:
+        action_mask: [B, T] bool.
+        scores: [B] float, one verdict per sequence.
+        group_ids: [B] int64, equal for samples of one prompt.
+        token_rewards: [B, T] float, rewards per action beside the score, such as minus KL to the reference.
+        values: [B, T] float, the critic's (gae); None: 0.
+        greedy_scores: [B] float, score of the greedy completion of each one's prompt (greedy_baseline).
+        components, weights: [B, K] each reward function's verdicts and [K] their weights (decoupled).
+        is_trained: [B] bool; the others get 0 and are left out of whitening. None: all are trained on.
+    Raises:
+        InputError: shapes differ, or something that the estimator needs is missing.
+    """
+    check_mask(action_mask=action_mask)
+    check_same_shape(scores=scores, group_ids=group_ids, action_mask_without_time=action_mask[:, 0])
+    convention, advantage = algorithm.numbers, algorithm.advantage
+    token_rewards = scores.new_zeros(action_mask.shape) if token_rewards is None else token_rewards
+    returns = None
+    if advantage in OF_GROUPS:
+        totals = scores.detach() + masked_sum(token_rewards.detach(), action_mask, dim=-1)
+        per_sequence = _compare(algorithm, totals, group_ids, action_mask, components, weights)
+        advantages = fill_masked(per_sequence[:, None].expand(action_mask.shape), action_mask)
+    else:
+        if algorithm.center_in_groups:
+            scores = group_normalized_advantages(scores, group_ids, divide_by_std=False)
+        rewards = token_rewards + rewards_at_last_action(scores.to(token_rewards), action_mask)
+        if advantage == "gae":
+            values = torch.zeros_like(rewards) if values is None else values
+            advantages, returns = gae(
+                rewards, values, action_mask, gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda
+            )
+        else:
+            advantages = monte_carlo_returns(rewards, action_mask, gamma=algorithm.gamma)
+        if advantage == "greedy_baseline":
+            if greedy_scores is None:
+                raise InputError(
+                    "advantage='greedy_baseline' needs greedy_scores: those of each prompt's greedy answer"
+                )
+            check_same_shape(scores=scores, greedy_scores=greedy_scores)
+            advantages = fill_masked(advantages - greedy_scores.detach().to(advantages)[:, None], action_mask)
+    if is_trained is not None:
+        action_mask = action_mask & is_trained[:, None]
+        advantages = fill_masked(advantages, action_mask)
+        returns = None if returns is None else fill_masked(returns, action_mask)
+    if algorithm.whitens:
+        advantages = masked_whiten(
+            advantages, action_mask, ddof=convention.whiten_ddof, epsilon=convention.whiten_epsilon,
+            std_epsilon=convention.whiten_std_epsilon,
+        )  # fmt: skip
+    return Estimate(advantages, returns)
+
+
+def _compare(
+    algorithm: AlgorithmConfig,
+    totals: Tensor,
+    group_ids: Tensor,
+    action_mask: Tensor,
+    components: Tensor | None,
+    weights: Tensor | Sequence[float] | None,
+) -> Tensor:
+    """[B] advantages of whole sequences, each compared with the others of its group."""
+    by_std, ddof, epsilon = algorithm.divide_by_std, algorithm.numbers.group_ddof, algorithm.numbers.group_epsilon
+    if algorithm.advantage == "group":
+        return group_normalized_advantages(totals, group_ids, divide_by_std=by_std, ddof=ddof, epsilon=epsilon)
+    if algorithm.advantage == "leave_one_out":
+        return leave_one_out_advantages(totals, group_ids, divide_by_std=by_std, epsilon=epsilon)
+    if algorithm.advantage == "length_weighted":
+        return length_weighted_advantages(totals, action_mask.sum(-1), group_ids)
+    if algorithm.advantage == "mean_normalized":
+        return mean_normalized_advantages(totals, group_ids)
+    if algorithm.advantage == "best_of_group":
+        return best_of_group_advantages(totals, group_ids, divide_by_std=by_std, ddof=ddof, epsilon=epsilon)
+    if components is None or weights is None:
+        raise InputError("advantage='decoupled' needs components [B, K] and weights [K], one per reward function")
+    return decoupled_group_advantages(components, group_ids, weights, divide_by_std=by_std, ddof=ddof, epsilon=epsilon)
+
+
+def policy_loss(
+    algorithm: AlgorithmConfig,
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    action_mask: Tensor,
+    *,
+    sampler_log_probs: Tensor | None = None,
+) -> SurrogateTerms:
+    """The algorithm's policy loss per action, unreduced, weighed against the sampler if it says so.
+
+    Args:
+        log_probs: [B, T] float, nats; carries the gradient.
+        old_log_probs: [B, T] float, nats; same actions, the actor before this update.
+        advantages: [B, T] float.
+        action_mask: [B, T] bool.
+        sampler_log_probs: [B, T] float, nats, as the rollout engine reported them (sampler_weight).
+    Returns:
+        SurrogateTerms(loss, ratio, is_clipped), [B, T] each.
+    Raises:
+        InputError: shapes differ, the mask is not bool, or sampler_log_probs is needed and missing.
+    """
+    args = (log_probs, old_log_probs, advantages, action_mask)
+    low, high, dual = algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip
+    if algorithm.policy_loss == "cispo":
+        terms = cispo_loss(*args, clip_low=low, clip_high=high)
+    elif algorithm.policy_loss == "sapo":
+        positive, negative = algorithm.gate_temperature_positive, algorithm.gate_temperature_negative
+        terms = sapo_loss(*args, temperature_positive=positive, temperature_negative=negative)
+    elif algorithm.policy_loss == "importance":
+        terms = importance_weighted_loss(*args)
+    elif algorithm.policy_loss == "reinforce":
+        ratio = fill_masked((log_probs - old_log_probs).detach(), action_mask).exp()
+        terms = SurrogateTerms(reinforce_loss(log_probs, advantages, action_mask), ratio, torch.zeros_like(action_mask))
+    else:
+        assert low is not None  # the config's check
+        clip = gspo_loss if algorithm.policy_loss == "gspo" else clipped_surrogate_loss
+        terms = clip(*args, clip_low=low, clip_high=high, dual_clip=dual)
+    if algorithm.sampler_weight == "none":
+        return terms
+    if sampler_log_probs is None:
+        raise InputError(f"sampler_weight={algorithm.sampler_weight!r} needs sampler_log_probs: the rollout engine's")
+    weights = sampler_importance_weights(
+        old_log_probs, sampler_log_probs, action_mask, level=algorithm.sampler_weight,
+        mode=algorithm.sampler_weight_mode, high=algorithm.sampler_weight_high, low=algorithm.sampler_weight_low,
+    )  # fmt: skip
+    return terms._replace(loss=terms.loss * weights)
+
+
+def kl_to_reference(
+    algorithm: AlgorithmConfig, log_probs: Tensor, ref_log_probs: Tensor, action_mask: Tensor
+) -> Tensor:
+    """The KL term of the loss per action, [B, T] nats, by the algorithm's estimator; not yet times kl_loss_coef."""
+    numbers = algorithm.numbers
+    clamps = {"clamp_input": numbers.kl_clamp_input, "clamp_output": numbers.kl_clamp_output}
+    return kl_estimate(
+        log_probs, ref_log_probs, action_mask, estimator=algorithm.kl_estimator,
+        straight_through=algorithm.kl_straight_through, **(clamps if algorithm.kl_estimator == "k3" else {}),
+    )  # fmt: skip
