@@ -55,7 +55,7 @@ def update(
         for rows in order.chunk(optimization.minibatches):
             for name, value in optimizer_step(learner, experience, rows, config, accelerator).items():
                 totals[name] += value
-    tokens = totals.pop("tokens")
+    tokens = max(totals.pop("tokens"), 1)  # none, where every completion was truncated and left out
     steps = optimization.epochs * optimization.minibatches
     return {name: value / (tokens if name in PER_TOKEN else steps) for name, value in totals.items()}
 
