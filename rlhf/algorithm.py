@@ -237,7 +237,7 @@ def estimate_advantages(
     """
     check_mask(action_mask=action_mask)
     check_same_shape(scores=scores, group_ids=group_ids, action_mask_without_time=action_mask[:, 0])
-    convention, advantage = algorithm.numbers, algorithm.advantage
+    advantage = algorithm.advantage
     token_rewards = scores.new_zeros(action_mask.shape) if token_rewards is None else token_rewards
     returns = None
     if advantage in OF_GROUPS:
@@ -267,10 +267,7 @@ def estimate_advantages(
         advantages = fill_masked(advantages, action_mask)
         returns = None if returns is None else fill_masked(returns, action_mask)
     if algorithm.whitens:
-        advantages = masked_whiten(
-            advantages, action_mask, ddof=convention.whiten_ddof, epsilon=convention.whiten_epsilon,
-            std_epsilon=convention.whiten_std_epsilon,
-        )  # fmt: skip
+        advantages = masked_whiten(advantages, action_mask, **algorithm.numbers.whitening())
     return Estimate(advantages, returns)
 
 
@@ -352,9 +349,8 @@ def kl_to_reference(
     algorithm: AlgorithmConfig, log_probs: Tensor, ref_log_probs: Tensor, action_mask: Tensor
 ) -> Tensor:
     """The KL term of the loss per action, [B, T] nats, by the algorithm's estimator; not yet times kl_loss_coef."""
-    numbers = algorithm.numbers
-    clamps = {"clamp_input": numbers.kl_clamp_input, "clamp_output": numbers.kl_clamp_output}
+    estimator = algorithm.kl_estimator
     return kl_estimate(
-        log_probs, ref_log_probs, action_mask, estimator=algorithm.kl_estimator,
-        straight_through=algorithm.kl_straight_through, **(clamps if algorithm.kl_estimator == "k3" else {}),
+        log_probs, ref_log_probs, action_mask, estimator=estimator,
+        straight_through=algorithm.kl_straight_through, **algorithm.numbers.kl_clamps(estimator),
     )  # fmt: skip

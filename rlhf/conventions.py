@@ -5,6 +5,7 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf.checks import check_range
 
@@ -24,9 +25,11 @@ class Convention:
     group_epsilon: float = 0.0
     """Added to that std, score units. Groups without signal need none: they are found by comparing scores."""
     kl_clamp_input: float | None = None
-    """In the loss, k3's log ratio to the reference is held within this, nats."""
+    """The log ratio to the reference, in the loss, is held within this, nats."""
     kl_clamp_output: float | None = None
-    """In the loss, k3 is held within this, nats."""
+    """The KL estimate, in the loss, is held within this, nats."""
+    kl_clamped: tuple[str, ...] = ("k1", "k2", "k3", "abs")
+    """The estimators that both clamps hold."""
     count_epsilon: float = 0.0
     """Added to the number of tokens or sequences by which a loss is divided."""
     value_loss_factor: float = 1.0
@@ -41,6 +44,16 @@ class Convention:
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low=0, low_open=True)
 
+    def whitening(self) -> dict[str, Any]:
+        """Arguments of `rlhf.masking.masked_whiten`."""
+        return {"ddof": self.whiten_ddof, "epsilon": self.whiten_epsilon, "std_epsilon": self.whiten_std_epsilon}
+
+    def kl_clamps(self, estimator: str) -> dict[str, Any]:
+        """Arguments of `rlhf.kl.kl_estimate`."""
+        if estimator not in self.kl_clamped:
+            return {}
+        return {"clamp_input": self.kl_clamp_input, "clamp_output": self.kl_clamp_output}
+
 
 CONVENTIONS = {
     "ours": Convention(),
@@ -49,6 +62,8 @@ CONVENTIONS = {
     # Its epsilon is a floor under the variance, not a summand.
     "openrlhf": Convention(whiten_ddof=0, whiten_epsilon=0.0, group_epsilon=1e-9, kl_clamp_output=10.0),
     "nemo_rl": Convention(group_epsilon=1e-6, kl_clamp_input=20.0, kl_clamp_output=10.0, count_epsilon=1e-8),
-    "verl": Convention(group_epsilon=1e-6, kl_clamp_input=20.0, kl_clamp_output=10.0, count_epsilon=1e-8),
+    "verl": Convention(
+        group_epsilon=1e-6, kl_clamp_input=20.0, kl_clamp_output=10.0, kl_clamped=("k3",), count_epsilon=1e-8
+    ),
     "trl": Convention(group_epsilon=1e-4),
 }

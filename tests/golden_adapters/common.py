@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf.conventions import CONVENTIONS
 from rlhf.kl import KLEstimator, adapt_kl_coef_proportionally, kl_estimate
 from rlhf.losses import categorical_entropy
 from rlhf.masking import masked_mean, masked_var, masked_whiten
@@ -26,6 +27,7 @@ class Skip(NamedTuple):
 Outputs = dict[str, Tensor | tuple[Tensor, Tensor] | Skip]
 Adapter = Callable[[Any, Any], Outputs]
 
+SOFT = CONVENTIONS["verl"].count_epsilon
 EMPTY = Skip("nothing valid: the peer divides 0 by 0 or writes to masked slots, ours is 0")
 
 
@@ -53,13 +55,13 @@ def gradients(loss: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
 
 def softening(mask: Tensor) -> Tensor:
     """Of one who divides by count + 1e-8: what that does to a mean, n / (n + 1e-8)."""
-    return mask.sum().double() / (mask.sum().double() + 1e-8)
+    return mask.sum().double() / (mask.sum().double() + SOFT)
 
 
 def row_softening(mask: Tensor) -> Tensor:
     """The same for each row's own mean: [B, 1]."""
     rows = mask.sum(-1, keepdim=True).double()
-    return rows / (rows + 1e-8)
+    return rows / (rows + SOFT)
 
 
 def softly_whitened(x: Tensor, mask: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ def is_dual(advantages: Tensor, ratio: Tensor) -> Tensor:
 
 def standardized(advantages: Tensor) -> Tensor:
     """The control libraries' minibatch normalisation: ddof 1, 1e-8 on the std."""
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    return masked_whiten(advantages, everywhere(advantages), **CONVENTIONS["cleanrl"].whitening())
 
 
 def consecutive_groups(scores: Tensor, size: int) -> Tensor:

@@ -21,6 +21,7 @@ from golden_adapters.common import (
     var_of,
 )
 from rlhf.advantages import gae
+from rlhf.conventions import CONVENTIONS
 from rlhf.group_advantages import group_normalized_advantages, leave_one_out_advantages
 from rlhf.kl import kl_estimate
 from rlhf.losses import clipped_surrogate_loss, importance_weighted_loss, reinforce_loss, value_loss
@@ -30,8 +31,10 @@ from rlhf.preference_losses import bradley_terry_loss, dpo_loss
 from rlhf.reduce import sequence_mean, token_mean
 from rlhf.rewards import combine_rewards, overlong_penalty, rewards_at_last_action
 
-
 # ---------------------------------------------------------------------------------------------------------- advantages
+CONVENTION = CONVENTIONS["nemo_rl"]
+
+
 def gae_of_tokens(x: Any, p: Any) -> Outputs:
     mask = x.mask.bool()
     estimate = gae(x.token_level_rewards, x.values, mask, gamma=p.gae_gamma, gae_lambda=p.gae_lambda)
@@ -44,7 +47,7 @@ def gae_of_scores(x: Any, p: Any) -> Outputs:
     rewards = rewards_at_last_action(x.rewards, mask)
     if p.use_kl_in_reward:
         kind = p.reference_policy_kl_type
-        kl = kl_estimate(x.logprobs, x.reference_logprobs, mask, estimator=kind, clamp_input=20.0, clamp_output=10.0)
+        kl = kl_estimate(x.logprobs, x.reference_logprobs, mask, estimator=kind, **CONVENTION.kl_clamps(kind))
         rewards = rewards - p.reference_policy_kl_penalty * kl.detach()
     lam_values = getattr(p, "gae_lambda_value", None) or p.gae_lambda
     lam = getattr(p, "gae_lambda_policy", None) or p.gae_lambda
@@ -70,7 +73,7 @@ def reinforce_plus_plus(x: Any, p: Any) -> Outputs:
     if p.use_kl_in_reward:
         kl = kl_estimate(
             x.logprobs_policy.detach(), x.logprobs_reference, mask,
-            estimator=p.reference_policy_kl_type, clamp_input=20.0, clamp_output=10.0,
+            estimator=p.reference_policy_kl_type, **CONVENTION.kl_clamps(p.reference_policy_kl_type),
         )  # fmt: skip
         rewards = rewards - p.reference_policy_kl_penalty * kl
     return {"advantages": at(masked_whiten(rewards, mask, ddof=0, epsilon=0.0), mask)}
@@ -78,13 +81,17 @@ def reinforce_plus_plus(x: Any, p: Any) -> Outputs:
 
 def grpo(x: Any, p: Any) -> Outputs:
     compare = leave_one_out_advantages if p.use_leave_one_out_baseline else group_normalized_advantages
-    return {"advantages": compare(x.rewards, x.prompt_ids[:, 0], divide_by_std=p.normalize_rewards, epsilon=1e-6)}
+    return {
+        "advantages": compare(
+            x.rewards, x.prompt_ids[:, 0], divide_by_std=p.normalize_rewards, epsilon=CONVENTION.group_epsilon
+        )
+    }
 
 
 def gdpo(x: Any, p: Any) -> Outputs:
     """Leave-one-out within each component, which our GDPO does not offer; then as ours."""
     components = [
-        leave_one_out_advantages(rewards, x.prompt_ids[:, 0], divide_by_std=True, epsilon=1e-6)
+        leave_one_out_advantages(rewards, x.prompt_ids[:, 0], divide_by_std=True, epsilon=CONVENTION.group_epsilon)
         for rewards in (x.reward_a, x.reward_b)
     ]
     total = combine_rewards(torch.stack(components, -1), p.reward_weights)
@@ -160,8 +167,8 @@ def policy_loss(x: Any, p: Any) -> Outputs:
     clamped = ratio if p.disable_ppo_ratio else ratio.clamp(1 - p.ratio_clip_min, 1 + p.ratio_clip_max)
     if p.use_importance_sampling_correction:
         loss = loss * sampler_weights(x, p, mask)
-    tokens = (p.global_valid_toks or mask.sum().double()) + 1e-8
-    rows = (p.global_valid_seqs or x.sample_mask.sum().double()) + 1e-8  # rows without tokens count
+    tokens = (p.global_valid_toks or mask.sum().double()) + CONVENTION.count_epsilon
+    rows = (p.global_valid_seqs or x.sample_mask.sum().double()) + CONVENTION.count_epsilon  # rows without tokens count
 
     def reduced(per_token: Tensor) -> Tensor:
         if p.token_level_loss:
@@ -183,7 +190,7 @@ def critic_loss(x: Any, p: Any) -> Outputs:
     mask = (x.token_mask * x.sample_mask[:, None]).bool()
     clip = {"old_values": x.old_values, "value_clip": p.cliprange} if p.cliprange is not None else {}
     terms = value_loss(x.logits, x.returns, mask, **clip)
-    tokens = mask.sum().double() + 1e-8
+    tokens = mask.sum().double() + CONVENTION.count_epsilon
     loss = p.scale * token_mean(terms.loss, mask, denominator=tokens)
     clipped = token_mean(terms.is_clipped.to(loss.dtype), mask, denominator=tokens)
     return {"loss": loss, "vf_clipfrac": clipped, **gradients(loss, grad_values=x.logits)}
@@ -192,7 +199,7 @@ def critic_loss(x: Any, p: Any) -> Outputs:
 def reward_model_loss(x: Any, p: Any) -> Outputs:
     """Rows alternate chosen, rejected."""
     chosen, rejected, real = x.rewards[0::2], x.rewards[1::2], x.sample_mask[0::2].bool()
-    pairs = real.sum().double() + 1e-8
+    pairs = real.sum().double() + CONVENTION.count_epsilon
     loss = token_mean(bradley_terry_loss(chosen, rejected, pair_mask=real), real, denominator=pairs)
     accuracy = token_mean((chosen > rejected).to(loss.dtype), real, denominator=pairs)
     return {"loss": loss, "accuracy": accuracy, **gradients(loss, grad_rewards=x.rewards)}

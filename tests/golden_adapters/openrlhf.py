@@ -26,6 +26,7 @@ from golden_adapters.common import (
     row_by_row,
 )
 from rlhf.advantages import gae, monte_carlo_returns
+from rlhf.conventions import CONVENTIONS
 from rlhf.group_advantages import group_normalized_advantages, leave_one_out_advantages
 from rlhf.kl import kl_estimate
 from rlhf.losses import clipped_surrogate_loss, reinforce_loss, value_loss
@@ -34,6 +35,8 @@ from rlhf.policy_losses import gspo_loss, sampler_importance_weights
 from rlhf.preference_losses import bradley_terry_loss, dpo_loss, ipo_loss
 from rlhf.reduce import count, reduce
 from rlhf.rewards import overlong_penalty, rewards_at_last_action
+
+CONVENTION = CONVENTIONS["openrlhf"]
 
 LOG_RATIO_CLAMP = math.exp(20)  # its clamp of the log ratio to +-20 is a bound on the ratio, where A < 0
 
@@ -77,7 +80,7 @@ def experience(x: Any, p: Any) -> Outputs:
     elif p.estimator in ("reinforce_baseline", "dr_grpo"):
         scores = group_normalized_advantages(scores, ids, divide_by_std=False)
     elif p.estimator == "group_norm":
-        scores = group_normalized_advantages(scores, ids, epsilon=1e-9)
+        scores = group_normalized_advantages(scores, ids, epsilon=CONVENTION.group_epsilon)
     reward = rewards_at_last_action(scores, mask) - p.kl_coef * x.kl.detach()
     if p.estimator == "gae":
         steps = through_gaps(mask, rewards=reward, values=x.values)
@@ -88,7 +91,7 @@ def experience(x: Any, p: Any) -> Outputs:
         if p.no_std_norm:
             advantages = advantages - masked_mean(advantages, mask)
         else:
-            advantages = masked_whiten(advantages, mask, ddof=0, epsilon=0.0)
+            advantages = masked_whiten(advantages, mask, **CONVENTION.whitening())
     # An empty row's score is put into its last column, which moves nothing that is compared.
     return {"advantages": at(advantages, mask), "returns": at(returns, mask)}
 
@@ -186,7 +189,7 @@ def preference_loss(x: Any, p: Any) -> Outputs:
 
 def approximate_kl(x: Any, p: Any) -> Outputs:
     """float32 always. Where the exp in k3 overflows, before its clamp, the peer's gradient is 0 * inf = NaN."""
-    estimate = kl_of("log_probs", "log_probs_base", "kl_estimator", lambda *_: {"clamp_output": 10.0})
+    estimate = kl_of("log_probs", "log_probs_base", "kl_estimator", lambda kind, _: CONVENTION.kl_clamps(kind))
     outputs = estimate(x, p)
     gradient: Any = outputs["grad_log_probs_of_sum"]
     finite = (x.log_probs_base - x.log_probs).float().exp().isfinite() | (p.kl_estimator != "k3")
@@ -195,7 +198,7 @@ def approximate_kl(x: Any, p: Any) -> Outputs:
 
 def normalized_rows(x: Any, p: Any) -> Outputs:
     def whitened(row: Tensor, mask: Tensor) -> Tensor:
-        return masked_whiten(row, mask, ddof=0, epsilon=0.0)  # its eps is a floor of the variance
+        return masked_whiten(row, mask, **CONVENTION.whitening())  # its eps is a floor of the variance
 
     return {"out": row_by_row(whitened, x.tensor, x.mask.bool())}
 

@@ -23,6 +23,7 @@ from golden_adapters.common import (
     whiten_of,
 )
 from rlhf.advantages import gae
+from rlhf.conventions import CONVENTIONS
 from rlhf.group_advantages import decoupled_group_advantages, leave_one_out_advantages
 from rlhf.kl import kl_estimate
 from rlhf.losses import SurrogateTerms, clipped_surrogate_loss, importance_weighted_loss, value_loss
@@ -42,14 +43,16 @@ def group_advantages(x: Any, p: Any) -> Outputs:
     components = x.rewards_per_func.detach()
     ids = consecutive_groups(components, p.num_generations)
     if p.multi_objective_aggregation == "normalize_then_sum":  # and then over the batch, 1e-4 on that std too
-        total = decoupled_group_advantages(components, ids, p.reward_weights, epsilon=1e-4)
+        total = decoupled_group_advantages(components, ids, p.reward_weights, epsilon=CONVENTIONS["trl"].group_epsilon)
         scored = ~components.isnan().all(-1)
         std = masked_var(total, scored).sqrt() + 1e-4
         return {"advantages": fill_masked((total - masked_mean(total, scored)) / std, scored)}
     scores = combine_rewards(components, p.reward_weights)
     # One component of the decoupled form leaves NaN out of its group, as the peer does; ours otherwise lets it through.
     by_group = p.scale_rewards == "group"
-    advantages = decoupled_group_advantages(scores[:, None], ids, [1.0], divide_by_std=by_group, epsilon=1e-4)
+    advantages = decoupled_group_advantages(
+        scores[:, None], ids, [1.0], divide_by_std=by_group, epsilon=CONVENTIONS["trl"].group_epsilon
+    )
     if p.scale_rewards == "batch":
         advantages = advantages / (masked_var(scores, ~scores.isnan()).sqrt() + 1e-4)
     return {"advantages": advantages}

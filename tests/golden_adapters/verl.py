@@ -23,6 +23,7 @@ from golden_adapters.common import (
 )
 from golden_adapters.verl_losses import LOSSES, NO_LOSSES, reduced
 from rlhf.advantages import gae, monte_carlo_returns, reinforce_plus_plus_advantages
+from rlhf.conventions import CONVENTIONS
 from rlhf.group_advantages import (
     best_of_group_advantages,
     decoupled_group_advantages,
@@ -129,8 +130,7 @@ def rewards_minus_kl(x: Any, p: Any) -> Outputs:
 
 
 def clamps(estimator: str, p: Any) -> dict[str, float | None]:
-    """Only k3 is clamped."""
-    return {"clamp_input": 20.0, "clamp_output": 10.0} if estimator == "k3" else {}
+    return CONVENTIONS["verl"].kl_clamps(estimator)
 
 
 def kl_penalty_in_reward(x: Any, p: Any) -> Outputs:
