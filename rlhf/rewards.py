@@ -73,3 +73,32 @@ def rewards_at_last_action(scores: Tensor, action_mask: Tensor) -> Tensor:
     steps = torch.arange(action_mask.shape[-1], device=action_mask.device)
     last = torch.where(action_mask, steps, -1).amax(-1, keepdim=True)  # -1: no action in this row
     return torch.where(steps == last, scores.detach().unsqueeze(-1), 0.0)
+
+
+def rewards_at_turn_ends(turn_scores: Tensor, action_mask: Tensor) -> Tensor:
+    """Each turn's score as the reward of its last action; all other rewards are 0.
+
+    A turn is a run of actions; what stands between two turns, somebody else's tokens, is False in the mask. Estimators
+    carry values and advantages over such gaps, so that a turn is credited with what later turns earn.
+
+    Args:
+        turn_scores: [..., K] float, in order; columns beyond a row's last turn are padding and may hold anything.
+        action_mask: [..., T] bool, at most K turns in a row.
+    Returns:
+        [..., T] score units, turn_scores' dtype.
+    Raises:
+        InputError: shapes do not fit, the mask is not bool, or a row has more than K turns.
+    """
+    check_float(turn_scores=turn_scores)
+    check_mask(action_mask=action_mask)
+    check_time_axis(action_mask=action_mask)
+    check_same_shape(turn_scores_without_turns=turn_scores[..., 0], action_mask_without_time=action_mask[..., 0])
+    starts = action_mask & ~torch.nn.functional.pad(action_mask[..., :-1], (1, 0))
+    ends = action_mask & ~torch.nn.functional.pad(action_mask[..., 1:], (0, 1))
+    turns = starts.long().cumsum(-1)  # from 1
+    if int(turns.max()) > turn_scores.shape[-1]:
+        raise InputError(
+            f"action_mask has rows of {int(turns.max())} turns but turn_scores only {turn_scores.shape[-1]} columns: "
+            "give one score for each run of actions"
+        )
+    return torch.where(ends, turn_scores.detach().gather(-1, (turns - 1).clamp(min=0)), 0.0)

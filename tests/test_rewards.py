@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.advantages import monte_carlo_returns
 from rlhf.checks import InputError
-from rlhf.rewards import combine_rewards, overlong_penalty, rewards_at_last_action
+from rlhf.rewards import combine_rewards, overlong_penalty, rewards_at_last_action, rewards_at_turn_ends
 
 F64 = torch.float64
 
@@ -80,6 +80,29 @@ def test_any_leading_axes() -> None:
     assert torch.equal(rewards_at_last_action(scores[1], MASK[1]), flat[1])
 
 
+# -------------------------------------------------------------------------------------------------------------- turns
+TURNS = torch.tensor([[1, 1, 0, 1, 0, 1, 1], [0, 1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0, 0]]).bool()
+PER_TURN = torch.tensor([[1.0, 2.0, 3.0], [4.0, math.nan, math.nan], [math.nan] * 3], dtype=F64)
+
+
+def test_each_turns_score_stands_on_its_last_action() -> None:
+    expected = [[0, 1, 0, 2, 0, 0, 3], [0, 0, 0, 0, 0, 4, 0], [0] * 7]
+    assert rewards_at_turn_ends(PER_TURN, TURNS).tolist() == expected
+    assert rewards_at_turn_ends(PER_TURN[0], TURNS[0]).tolist() == expected[0]
+
+
+def test_a_turn_is_credited_with_what_later_turns_earn() -> None:
+    returns = monte_carlo_returns(rewards_at_turn_ends(PER_TURN, TURNS), TURNS, gamma=0.5)
+    third, second = 3.0, 2 + 0.25 * 3  # a gap is no step
+    assert returns[0].tolist() == [0.5 * (1 + 0.5 * second), 1 + 0.5 * second, 0, second, 0, 0.5 * third, third]
+
+
+def test_one_turn_is_the_last_action() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    scores = torch.tensor([2.0, 3.0])
+    assert torch.equal(rewards_at_turn_ends(scores[:, None], mask), rewards_at_last_action(scores, mask))
+
+
 # ------------------------------------------------------------------------------------------------------ bad arguments
 X, L = torch.zeros(2, 3), torch.tensor([1, 2])
 BAD: dict[str, tuple[Callable[[], Tensor], str]] = {
@@ -94,6 +117,8 @@ BAD: dict[str, tuple[Callable[[], Tensor], str]] = {
     "scores": (lambda: rewards_at_last_action(L, X.bool()), "scores must be floating point"),
     "score per step": (lambda: rewards_at_last_action(X, X.bool()), r"scores \[2, 3\], action_mask_without_time \[2\]"),
     "mask": (lambda: rewards_at_last_action(X[:, 0], X), "action_mask must be bool"),
+    "too many turns": (lambda: rewards_at_turn_ends(PER_TURN[:, :2], TURNS), "rows of 3 turns .* only 2 columns"),
+    "score per row": (lambda: rewards_at_turn_ends(PER_TURN[:2], TURNS), r"turn_scores_without_turns \[2\]"),
     "no time": (lambda: rewards_at_last_action(X[:, 0], X[:, :0].bool()), r"action_mask must be \[..., T\]"),
 }
 
