@@ -11,8 +11,8 @@ from rlhf.checks import check_float, check_same_shape, check_time_axis
 def reverse_linear_scan(x: Tensor, decay: Tensor) -> Tensor:
     """y_t = x_t + decay_t * y_{t+1}, with y = 0 after the last step.
 
-    Work is O(T), in about 3 log2(T) kernels. Differentiable in both arguments. An exact 0 in `decay` cuts the recurrence
-    (for finite y).
+    Pairs of steps are folded into one, then pairs of pairs: O(T) work in about 3 log2(T) kernels. Differentiable in
+    both arguments. An exact 0 in `decay` cuts the recurrence (for finite y).
 
     Args:
         x: [..., T] float32 or float64, time last.
