@@ -271,8 +271,10 @@ def vtrace(
 
     following = _next_action(action_mask)
     delta = steps.rewards.sub_(values).add_(_at_next(values, following, steps), alpha=gamma)
-    decay = ratio.clamp(max=c_clip).mul_(gamma * vtrace_lambda)
-    correction = _carry(steps, ratio.clamp(max=rho_clip).mul_(delta), decay)  # v_t - V(s_t)
+    weight = (ratio.clamp(max=c_clip) * gamma * vtrace_lambda).masked_fill_(~_continues(steps), 0.0)
+    weight.masked_fill_(~action_mask, 1.0)  # gaps pass on what they are given
+    correction = reverse_linear_scan_(ratio.clamp(max=rho_clip).mul_(delta), weight)  # v_t - V(s_t)
+    correction.masked_fill_(~action_mask, 0.0)
     q_minus_value = delta.add_(_at_next(correction, following, steps), alpha=gamma * vtrace_lambda)
     return VTraceEstimate(ratio.clamp_(max=advantage_rho_clip).mul_(q_minus_value), correction.add_(values))
 
@@ -343,22 +345,20 @@ def _filled(values: Tensor, steps: _Steps) -> Tensor:
     return fill_masked(values.detach(), steps.action_mask).to(steps.rewards.dtype)
 
 
-def _carry(
-    steps: _Steps, x: Tensor, decay: float | Tensor, *, worth: Tensor | None = None, weight: float = 1.0
-) -> Tensor:
-    """y_t = x_t + decay_t * (worth + weight * y)_{next action}, cut at episode ends; overwrites x, which is 0 in gaps.
+def _carry(steps: _Steps, x: Tensor, gamma: float, *, weight: float = 1.0, worth: Tensor | None = None) -> Tensor:
+    """y_t = x_t + gamma * (worth + weight * y)_{next action}, cut at episode ends; overwrites x, which is 0 in gaps.
 
-    A gap holds `worth + weight * y` of the next action, passed back from slot to slot, until it is set to 0 at the end.
+    A gap holds what it passes back, gamma * (worth + weight * y) of the next action, until it is set to 0 at the end.
+    So a step's factor depends on the slot after it alone: another action, which is discounted, or a gap.
     """
-    factor = decay if isinstance(decay, Tensor) else x.new_full((), decay)
-    factors = torch.where(steps.action_mask, factor, 1.0)
-    if steps.ended is not None:
-        factors.masked_fill_(steps.ended, 0.0)
+    acts_next = torch.nn.functional.pad(steps.action_mask[..., 1:], (0, 1))
+    decay = torch.where(acts_next, x.new_full((), gamma * weight), 1.0)
     if worth is not None:
-        x[..., :-1].addcmul_(factors[..., :-1], worth[..., 1:])
-    if weight != 1:
-        factors[..., :-1].mul_(torch.where(steps.action_mask[..., 1:], x.new_full((), weight), 1.0))
-    return reverse_linear_scan_(x, factors).masked_fill_(~steps.action_mask, 0.0)
+        following = worth[..., 1:] if steps.ended is None else worth[..., 1:].masked_fill(steps.ended[..., :-1], 0.0)
+        x[..., :-1].add_(following, alpha=gamma)
+    if steps.ended is not None:
+        decay.masked_fill_(steps.ended, 0.0)
+    return reverse_linear_scan_(x, decay).masked_fill_(~steps.action_mask, 0.0)
 
 
 def _n_steps(steps: _Steps, values: Tensor, gamma: float, n: int) -> Tensor:
