@@ -88,10 +88,19 @@ def masked_whiten(
     if (mean is None) != (var is None):
         raise InputError("give both mean and var, or neither")
     check_range("epsilon", epsilon, low=0)
+    check_range("ddof", ddof, low=0)
+    check_mask(mask=mask)
+    check_same_shape(x=x, mask=mask)
     # Measured from one of its own numbers, equal numbers are exactly 0; less their rounded mean they would not be.
-    origin = torch.where(mask.any(), fill_masked(x, mask, -torch.inf).amax(), 0.0)
+    first = mask.flatten().byte().argmax(0, keepdim=True) if mask.numel() else mask.flatten().long()
+    origin = torch.where(mask.flatten()[first], x.detach().flatten()[first], 0.0).sum()
     x = fill_masked(x - origin, mask)
     if mean is None or var is None:
-        mean, var = masked_mean(x, mask) + origin, masked_var(x, mask, ddof=ddof)
-    scaled = (x - (mean - origin)) * torch.where(var + epsilon > 0, var + epsilon, 1.0).rsqrt()
-    return fill_masked(scaled if shift_mean else scaled + mean, mask)
+        count = mask.sum()
+        mean = x.sum() / count.clamp(min=1) + origin
+        x = fill_masked(x - (mean - origin), mask)
+        var = torch.where(count > ddof, x.square().sum() / (count - ddof).clamp(min=1), 0.0)
+    else:
+        x = fill_masked(x - (mean - origin), mask)
+    scaled = x * torch.where(var + epsilon > 0, var + epsilon, 1.0).rsqrt()
+    return scaled if shift_mean else fill_masked(scaled + mean, mask)
