@@ -1,9 +1,10 @@
-"""The core's estimators and losses against the forms in which other libraries publish them: equal results, then times as
-ratios, then the peak of memory. Inputs are [256, 4096] float32, right-padded, unless a name says otherwise.
+"""The core's estimators and losses against the forms in which other libraries publish them.
+
+Results are compared, then timed in turn in one process, as ratios; then the peak of memory of each of our functions.
+Inputs are [256, 4096] float32, right-padded. The peers' forms are written anew from their formulas, each the way its
+library computes it: loops stay loops, masks stay floats.
 
 python benchmarks/core.py [--threads 2] [--grow-heap] [--device cuda] [--only gae]
-
-The peers' forms are written anew from their formulas, each as its library computes it (loops stay loops, masks stay floats).
 """
 
 import gc
@@ -27,20 +28,13 @@ Results = tuple[Tensor, ...]
 
 
 class Contest(NamedTuple):
-    """Two ways to the same results. Where there is a gradient, `ours` and `theirs` return a loss, and it is w.r.t. `of`."""
+    """Two ways to the same results; where `of` is given, the first is a loss to be differentiated by it."""
 
     name: str
     peer: str
     ours: Callable[[], Results]
-    theirs: Callable[[], Results] | None
+    theirs: Callable[[], Results]
     of: Results = ()
-
-    def with_gradients(self) -> "Contest":
-        def differentiated(loss: Callable[[], Results]) -> Callable[[], Results]:
-            return lambda: torch.autograd.grad(loss()[0], self.of)
-
-        theirs = None if self.theirs is None else differentiated(self.theirs)
-        return Contest(f"{self.name}, backward too", self.peer, differentiated(self.ours), theirs)
 
 
 class Batch:
@@ -210,65 +204,75 @@ def contests(b: Batch) -> Iterator[Contest]:
         return (token_mean(kl.kl_estimate(b.log_probs, b.old, m, estimator="k3"), m, denominator=b.count),)
 
     rows = m[:, 0]
-    differentiable = [
-        Contest("clipped_surrogate_loss", "TRL, verl", ours_surrogate,
-                lambda: surrogate(b.log_probs, b.old, b.advantages, fm), (b.log_probs,)),
-        Contest("value_loss, clipped", "TRL, verl", ours_value,
-                lambda: clipped_value(b.predictions, b.old_values, b.returns, fm), (b.predictions,)),
-        Contest("kl_estimate, k3", "TRL, verl", ours_k3, lambda: k3(b.log_probs, b.old, fm), (b.log_probs,)),
-        Contest("categorical_entropy", "TRL, verl", lambda: (losses.categorical_entropy(b.logits, rows).mean(),),
-                lambda: entropy(b.logits), (b.logits,)),
-        Contest("dpo_loss, masked_sum", "TRL", ours_dpo, lambda: dpo(b.log_probs, b.rejected, b.old, fm),
-                (b.log_probs, b.rejected)),
-    ]  # fmt: skip
-    for contest in differentiable:
-        yield contest
-        yield contest.with_gradients()
+    yield Contest(
+        "clipped_surrogate_loss", "TRL, verl", ours_surrogate,
+        lambda: surrogate(b.log_probs, b.old, b.advantages, fm), (b.log_probs,),
+    )  # fmt: skip
+    yield Contest(
+        "value_loss, clipped", "TRL, verl", ours_value,
+        lambda: clipped_value(b.predictions, b.old_values, b.returns, fm), (b.predictions,),
+    )  # fmt: skip
+    yield Contest("kl_estimate, k3", "TRL, verl", ours_k3, lambda: k3(b.log_probs, b.old, fm), (b.log_probs,))
+    yield Contest(
+        "categorical_entropy", "TRL, verl", lambda: (losses.categorical_entropy(b.logits, rows).mean(),),
+        lambda: entropy(b.logits), (b.logits,),
+    )  # fmt: skip
+    yield Contest(
+        "dpo_loss of masked_sum", "TRL", ours_dpo, lambda: dpo(b.log_probs, b.rejected, b.old, fm),
+        (b.log_probs, b.rejected),
+    )  # fmt: skip
 
 
-def alone(b: Batch) -> Iterator[Contest]:
-    """Functions whose memory alone is measured."""
-    m, of_v = b.mask, {"rewards": b.rewards, "values": b.values, "action_mask": b.mask}
-    policy = (b.log_probs, b.old, b.advantages, m)
+Call = Callable[[], Tensor | Results]
 
-    def mean(x: Tensor) -> Results:
-        return (token_mean(x, m, denominator=b.count),)
 
-    without_gradient: dict[str, Callable[[], Tensor | Results]] = {
+def without_gradient(b: Batch) -> dict[str, Call]:
+    m = b.mask
+    return {
+        "reverse_linear_scan": lambda: reverse_linear_scan(b.rewards, b.decay),
         "monte_carlo_returns": lambda: advantages.monte_carlo_returns(b.rewards, m),
         "episode_returns": lambda: advantages.episode_returns(b.rewards, m),
-        "td0_returns": lambda: advantages.td0_returns(**of_v),
-        "n_step_returns, n = 5": lambda: advantages.n_step_returns(**of_v, n=5),
-        "td_lambda_returns": lambda: advantages.td_lambda_returns(**of_v, td_lambda=0.95),
+        "td0_returns": lambda: advantages.td0_returns(b.rewards, b.values, m),
+        "n_step_returns, n = 5": lambda: advantages.n_step_returns(b.rewards, b.values, m, n=5),
+        "td_lambda_returns": lambda: advantages.td_lambda_returns(b.rewards, b.values, m, td_lambda=0.95),
+        "gae": lambda: advantages.gae(b.rewards, b.values, m),
         "vtrace": lambda: advantages.vtrace(b.rewards, b.values, b.log_probs, b.old, m),
         "reinforce_plus_plus_advantages": lambda: advantages.reinforce_plus_plus_advantages(b.rewards, m),
+        "masked_whiten": lambda: masking.masked_whiten(b.rewards, m),
         "sampler_importance_weights": lambda: policy_losses.sampler_importance_weights(
             b.log_probs, b.old, m, level="token", mode="mask", high=2.0
         ),
         "token_covariance": lambda: policy_losses.token_covariance(b.log_probs, b.advantages, m),
     }
-    for name, call in without_gradient.items():
 
-        def ours(call: Callable[[], Tensor | Results] = call) -> Results:
-            result = call()
-            return (result,) if isinstance(result, Tensor) else result
 
-        yield Contest(name, "", ours, None)
-    with_gradient = {
-        "reinforce_loss": lambda: mean(losses.reinforce_loss(b.log_probs, b.advantages, m)),
-        "importance_weighted_loss": lambda: mean(losses.importance_weighted_loss(*policy).loss),
-        "kl_penalized_surrogate_loss": lambda: mean(losses.kl_penalized_surrogate_loss(*policy, kl_coef=0.1).loss),
-        "gspo_loss": lambda: mean(policy_losses.gspo_loss(*policy).loss),
-        "cispo_loss": lambda: mean(policy_losses.cispo_loss(*policy, clip_high=4.0).loss),
-        "sapo_loss": lambda: mean(policy_losses.sapo_loss(*policy).loss),
-        "value_loss": lambda: mean(losses.value_loss(b.predictions, b.returns, m).loss),
-        "exact_kl": lambda: (kl.exact_kl(b.logits, b.advantages, m[:, 0]).mean(),),
+def with_gradient(b: Batch) -> dict[str, tuple[Call, Tensor]]:
+    """Each with what it is differentiated by."""
+    m, rows = b.mask, b.mask[:, 0]
+    policy = (b.log_probs, b.old, b.advantages, m)
+    calls: dict[str, Call] = {
+        "reinforce_loss": lambda: losses.reinforce_loss(b.log_probs, b.advantages, m),
+        "importance_weighted_loss": lambda: losses.importance_weighted_loss(*policy),
+        "clipped_surrogate_loss": lambda: losses.clipped_surrogate_loss(*policy),
+        "clipped_surrogate_loss, dual clip": lambda: losses.clipped_surrogate_loss(*policy, dual_clip=3.0),
+        "kl_penalized_surrogate_loss": lambda: losses.kl_penalized_surrogate_loss(*policy, kl_coef=0.1),
+        "gspo_loss": lambda: policy_losses.gspo_loss(*policy),
+        "cispo_loss": lambda: policy_losses.cispo_loss(*policy, clip_high=4.0),
+        "sapo_loss": lambda: policy_losses.sapo_loss(*policy),
+        "kl_estimate, k3": lambda: kl.kl_estimate(b.log_probs, b.old, m, estimator="k3"),
     }
-    of = {"value_loss": b.predictions, "exact_kl": b.logits}
-    for name, loss in with_gradient.items():
-        contest = Contest(name, "", loss, None, (of.get(name, b.log_probs),))
-        yield contest
-        yield contest.with_gradients()
+    values: dict[str, Call] = {
+        "value_loss": lambda: losses.value_loss(b.predictions, b.returns, m),
+        "value_loss, clipped": lambda: losses.value_loss(
+            b.predictions, b.returns, m, old_values=b.old_values, value_clip=0.2
+        ),
+    }
+    logits: dict[str, Call] = {
+        "categorical_entropy": lambda: losses.categorical_entropy(b.logits, rows),
+        "exact_kl": lambda: kl.exact_kl(b.logits, b.advantages, rows),
+    }
+    groups = ((calls, b.log_probs), (values, b.predictions), (logits, b.logits))
+    return {name: (call, of) for group, of in groups for name, call in group.items()}
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------------------
@@ -277,6 +281,26 @@ def alone(b: Batch) -> Iterator[Contest]:
 class Seconds(NamedTuple):
     wall: float
     cpu: float
+
+
+def forward(function: Call) -> Callable[[], Results]:
+    def run() -> Results:
+        with torch.no_grad():
+            results = function()
+        return (results,) if isinstance(results, Tensor) else results
+
+    return run
+
+
+def forward_and_backward(function: Call, of: Results) -> Callable[[], Results]:
+    """What a training step does; the gradients and, detached, the results."""
+
+    def run() -> Results:
+        results = function()
+        results = (results,) if isinstance(results, Tensor) else results
+        return (*torch.autograd.grad(results[0].sum(), of), *(x.detach() for x in results))
+
+    return run
 
 
 def timed(function: Callable[[], Results], device: str) -> Seconds:
@@ -289,14 +313,14 @@ def timed(function: Callable[[], Results], device: str) -> Seconds:
     return found
 
 
-def peak_memory(function: Callable[[], Results], device: str) -> tuple[float, float]:
-    """Peak of what was allocated at a time, and the results' part in it, in units of one input."""
+def temporaries(function: Callable[[], Results], device: str) -> tuple[float, float]:
+    """Peak of what was allocated at a time less the results, and the results; in units of one input."""
     function()
     gc.collect()
     if device == "cpu":
         with torch.autograd.profiler.profile(profile_memory=True) as profiler:
             results = function()
-        events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+        events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
         live = peak = 0
         for event in sorted(events, key=lambda e: e.start_ns()):
             live += event.nbytes()
@@ -307,34 +331,26 @@ def peak_memory(function: Callable[[], Results], device: str) -> tuple[float, fl
         results = function()
         peak = torch.cuda.max_memory_allocated() - before
     kept = sum(x.untyped_storage().nbytes() for x in results)
-    return peak / UNIT, kept / UNIT
+    return (peak - kept) / UNIT, kept / UNIT
 
 
-def compare(contest: Contest, mask: Tensor, device: str, repeats: int) -> str:
-    """One row: results checked, then times of alternating runs, then memory."""
-    assert contest.theirs is not None
-    for ours, theirs in zip(contest.ours(), contest.theirs(), strict=True):
-        same_slots = (
-            mask if ours.shape == mask.shape and "entropy" not in contest.name else torch.ones_like(ours).bool()
-        )
-        torch.testing.assert_close(ours[same_slots], theirs[same_slots], rtol=2e-4, atol=2e-5)
-    ours_s, theirs_s = zip(
-        *[(timed(contest.ours, device), timed(contest.theirs, device)) for _ in range(repeats)], strict=True
-    )
-
-    def figures(of: Callable[[list[float]], float], part: int) -> tuple[float, float]:
-        return of([s[part] for s in ours_s]), of([s[part] for s in theirs_s])
-
-    best, median, cpu = figures(min, 0), figures(statistics.median, 0), figures(statistics.median, 1)
-    cells = [f"{1e3 * ours:.2f} / {1e3 * theirs:.2f}" for ours, theirs in (best, median, cpu)]
-    ratios = [f"{theirs / ours:.1f}" for ours, theirs in (best, median, cpu)]
-    return " | ".join([contest.name, contest.peer, *cells, *ratios, *memory_cells(contest, device)])
-
-
-def memory_cells(contest: Contest, device: str) -> list[str]:
-    peak, kept = peak_memory(contest.ours, device)
-    theirs = "-" if contest.theirs is None else f"{peak_memory(contest.theirs, device)[0]:.1f}"
-    return [f"{peak - kept:.1f}", f"{kept:.1f}", theirs]
+def race(contest: Contest, backward: bool, mask: Tensor, device: str, repeats: int) -> str:
+    """One row: results checked, then times of alternating runs."""
+    functions = [
+        forward_and_backward(each, contest.of) if backward else forward(each) for each in (contest.ours, contest.theirs)
+    ]
+    for ours, theirs in zip(*(function() for function in functions), strict=True):
+        # What the peers leave in masked slots is nobody's business; a logit has none.
+        where = mask if ours.shape == mask.shape and not backward else torch.ones_like(ours, dtype=torch.bool)
+        torch.testing.assert_close(ours[where], theirs[where], rtol=2e-4, atol=2e-5)
+    rounds = [[timed(function, device) for function in functions] for _ in range(repeats)]
+    pairs = [
+        tuple(of([each[side][part] for each in rounds]) for side in (0, 1))
+        for of, part in ((min, 0), (statistics.median, 0), (statistics.median, 1))
+    ]
+    times = [f"{1e3 * ours:.2f} / {1e3 * theirs:.2f}" for ours, theirs in pairs]
+    ratios = [f"{theirs / ours:.1f}" for ours, theirs in pairs]
+    return " | ".join([contest.name + (", backward too" if backward else ""), contest.peer, *times, *ratios])
 
 
 def floor(b: Batch, device: str, repeats: int) -> str:
@@ -360,7 +376,7 @@ def main(
         torch.empty(24 * 2**20, dtype=torch.uint8).fill_(0)
     b = Batch(device)
     print(floor(b, device, repeats))
-    print("Times in ms, ours / theirs; ratios theirs / ours. Memory in units of one input (4 MiB).\n")
+    print("Times in ms, ours / theirs; ratios theirs / ours.\n")
     heads = [
         "function",
         "peer's form",
@@ -371,15 +387,19 @@ def main(
         "of median",
         "of CPU",
     ]
-    heads += ["temporaries", "results", "peer's peak"]
     print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for contest in contests(b):
-        if only is None or only in contest.name:
-            print(f"| {compare(contest, b.mask, device, repeats)} |", flush=True)
-    print("\n| function | temporaries | results |\n|---|---|---|")
-    for contest in alone(b):
-        if only is None or only in contest.name:
-            print(f"| {' | '.join([contest.name, *memory_cells(contest, device)[:2]])} |", flush=True)
+        for backward in (False, True)[: 2 if contest.of else 1]:
+            if only is None or only in contest.name:
+                print(f"| {race(contest, backward, b.mask, device, repeats)} |", flush=True)
+    print("\nMemory in units of one input (4 MiB): temporaries at the peak + results.\n")
+    print("| function | forward | forward and backward |\n|---|---|---|")
+    rows = [(name, call, ()) for name, call in without_gradient(b).items()]
+    for name, call, of in [*rows, *((name, call, (of,)) for name, (call, of) in with_gradient(b).items())]:
+        runs = [forward(call), *([forward_and_backward(call, of)] if of else [])]
+        cells = ["{:.1f} + {:.1f}".format(*temporaries(run, device)) for run in runs]
+        if only is None or only in name:
+            print(f"| {name} | {' | '.join([*cells, '-'][:2])} |", flush=True)
 
 
 if __name__ == "__main__":
