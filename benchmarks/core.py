@@ -158,14 +158,10 @@ def dpo(chosen: Tensor, rejected: Tensor, ref: Tensor, mask: Tensor) -> Results:
 def contests(b: Batch) -> Iterator[Contest]:
     """Those with a peer's form."""
     m, fm = b.mask, b.float_mask
-    gae = {"gamma": 0.99, "gae_lambda": 0.95}
     row_major = (b.rewards.T.contiguous(), b.values.T.contiguous())
 
     def ours_gae() -> Results:
-        return advantages.gae(b.rewards, b.values, m, **gae)
-
-    def of_mask(results: Results) -> Results:
-        return tuple(x * fm for x in results)
+        return advantages.gae(b.rewards, b.values, m, gamma=0.99, gae_lambda=0.95)
 
     yield Contest(
         "gae", "TRL, OpenRLHF: loop on [B, T]", ours_gae, lambda: gae_batch_first(b.rewards, b.values, 0.99, 0.95)
@@ -397,8 +393,8 @@ def main(
     rows = [(name, call, ()) for name, call in without_gradient(b).items()]
     for name, call, of in [*rows, *((name, call, (of,)) for name, (call, of) in with_gradient(b).items())]:
         runs = [forward(call), *([forward_and_backward(call, of)] if of else [])]
-        cells = ["{:.1f} + {:.1f}".format(*temporaries(run, device)) for run in runs]
         if only is None or only in name:
+            cells = ["{:.1f} + {:.1f}".format(*temporaries(run, device)) for run in runs]
             print(f"| {name} | {' | '.join([*cells, '-'][:2])} |", flush=True)
 
 

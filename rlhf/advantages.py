@@ -365,7 +365,7 @@ def _n_steps(steps: _Steps, values: Tensor, gamma: float, n: int) -> Tensor:
     """y_t = r_t + gamma * y_{next action}, n times over, beginning with y = V."""
     following, y = _next_action(steps.action_mask), values
     for _ in range(n):
-        y = steps.rewards.add(_at_next(y, following, steps), alpha=gamma)
+        y = _at_next(y, following, steps).mul_(gamma).add_(steps.rewards)
     return y
 
 

@@ -138,18 +138,16 @@ def clipped_surrogate_loss(
         check_range("dual_clip", dual_clip, low=1, low_open=True)
     log_ratio, advantages = _log_ratio_and_advantages(log_probs, old_log_probs, advantages, action_mask)
     ratio = log_ratio.detach().exp()
-    # For either sign of A the ratio is bounded on the side where the objective would grow, and by dual_clip if A < 0.
-    gains = advantages > 0
-    is_clipped = torch.where(gains, ratio > 1 + clip_high, (ratio < 1 - clip_low) & (advantages < 0))
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high).mul_(advantages)
+    is_clipped = bounded < ratio * advantages
     if dual_clip is not None:
         is_dual = (advantages < 0) & (ratio > dual_clip)
-        bounded, is_clipped = bounded.masked_fill_(is_dual, dual_clip), is_clipped | is_dual
-    # A clipped action has no gradient: its ratio, which may have overflowed, is kept out of the differentiated exp,
-    # where 1 stands for it, and its bound goes to the other factor.
-    weights = torch.where(is_clipped, bounded.mul_(advantages), advantages).neg_()
+        bounded, is_clipped = torch.where(is_dual, dual_clip * advantages, bounded), is_clipped | is_dual
+    # A clipped action has no gradient: its ratio, which may have overflowed, is kept out of the differentiated exp.
+    # There it counts as 1, and the bound stands in the other factor.
+    weights = torch.where(is_clipped, bounded, advantages).neg_()
     del bounded, advantages
-    return SurrogateTerms(_weighted(log_ratio.masked_fill(is_clipped, 0.0), weights), ratio, is_clipped)
+    return SurrogateTerms(_weighted(log_ratio, weights, is_clipped), ratio, is_clipped)
 
 
 def kl_penalized_surrogate_loss(
@@ -259,6 +257,10 @@ def _log_ratio_and_advantages(
     return log_ratio, fill_masked(advantages.detach(), action_mask)
 
 
-def _weighted(log_ratio: Tensor, weights: Tensor) -> Tensor:
-    """ratio * weight; exactly 0 where the weight is, though the ratio overflowed: inf * 0 would be NaN."""
-    return log_ratio.masked_fill(weights == 0, 0.0).exp() * weights
+def _weighted(log_ratio: Tensor, weights: Tensor, is_constant: Tensor | None = None) -> Tensor:
+    """ratio * weight, the weight itself where `is_constant`.
+
+    Exactly 0 where the weight is, though the ratio overflowed: inf * 0 would be NaN.
+    """
+    constant = weights == 0 if is_constant is None else is_constant | (weights == 0)
+    return log_ratio.masked_fill(constant, 0.0).exp() * weights

@@ -133,7 +133,8 @@ def sapo_loss(
     # Where the ratio overflows the gate is 1 and flat; its derivative would be 0 * inf.
     is_open = ratio.isinf()
     gate = torch.sigmoid(temperature * torch.expm1(log_ratio.masked_fill(is_open, 0.0))).masked_fill(is_open, 1.0)
-    return SurrogateTerms(-gate * (4 / temperature) * advantages, ratio, torch.zeros_like(action_mask))
+    weights = advantages.div_(temperature).mul_(-4)
+    return SurrogateTerms(gate * weights, ratio, torch.zeros_like(action_mask))
 
 
 def sampler_importance_weights(
