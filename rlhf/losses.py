@@ -97,7 +97,7 @@ def importance_weighted_loss(
         SurrogateTerms(loss [...], ratio [...], is_clipped all False).
     Raises:
         InputError: shapes differ or the mask is not bool.
-    Source: Degris et al. 2012, arXiv:1205.4839, eq. 5; Schulman et al. 2015, arXiv:1502.05477, eq. 14.
+    Source: Degris et al. 2012, arXiv:1205.4839; Schulman et al. 2015, arXiv:1502.05477 (TRPO).
     """
     log_ratio, advantages = _log_ratio_and_advantages(log_probs, behavior_log_probs, advantages, action_mask)
     ratio = log_ratio.detach().exp()

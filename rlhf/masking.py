@@ -83,7 +83,7 @@ def masked_whiten(
         mean, var: [] statistics to use instead of x's own, for a batch spread over ranks; both or neither.
     Raises:
         InputError: shapes differ, the mask is not bool, only one of mean and var is given.
-    Source: Huang et al. 2024, arXiv:2403.17031, detail 7 (advantage whitening).
+    Source: Huang et al. 2024, arXiv:2403.17031 (whitening of rewards and advantages).
     """
     if (mean is None) != (var is None):
         raise InputError("give both mean and var, or neither")
