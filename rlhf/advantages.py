@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf.checks import InputError, check_float, check_mask, check_range, check_same_shape, check_time_axis
 from rlhf.masking import fill_masked, masked_whiten
-from rlhf.scan import reverse_linear_scan
+from rlhf.scan import reverse_linear_scan, reverse_linear_scan_
 
 
 class AdvantageEstimate(NamedTuple):
@@ -37,13 +37,12 @@ class VTraceEstimate(NamedTuple):
 
 
 class _Steps(NamedTuple):
-    """The decision process under a mask: masked slots hold zeros."""
+    """The decision process under a mask."""
 
-    rewards: Tensor  # [..., T]
-    values: Tensor  # [..., T] V(s_t); zeros where an estimator has no value function
-    next_values: Tensor  # [..., T] worth of what follows step t, bootstrap included
-    bootstrap: Tensor  # [..., T] next_values where the episode was cut off, else 0
-    continues: Tensor  # [..., T] bool: the row's next action belongs to the same episode
+    rewards: (
+        Tensor  # [..., T] plus gamma * V of the next state where the episode was cut off; 0 in masked slots; a copy
+    )
+    ended: Tensor | None  # [..., T] bool: the last action of an episode; None if no flags were given
     action_mask: Tensor  # [..., T] bool
 
 
@@ -71,7 +70,7 @@ def monte_carlo_returns(
     Source: Sutton & Barto 2018, eq. 3.9; reward-to-go: Williams 1992, REINFORCE.
     """
     steps = _steps(rewards, None, action_mask, gamma, terminated, truncated, bootstrap_values)
-    return _carry(steps, steps.rewards + gamma * steps.bootstrap, gamma)
+    return _carry(steps, steps.rewards, gamma)
 
 
 def episode_returns(
@@ -90,7 +89,7 @@ def episode_returns(
     Source: Sutton & Barto 2018, section 13.3.
     """
     steps = _steps(rewards, None, action_mask, gamma, terminated, truncated, bootstrap_values)
-    to_go = _carry(steps, steps.rewards + gamma * steps.bootstrap, gamma)
+    to_go = _carry(steps, steps.rewards, gamma)
     # An episode starts at an action whose predecessor does not continue. Forwards in time, keep the start's return.
     starts = action_mask & ~_continued_before(steps)
     kept = reverse_linear_scan((to_go * starts).flip(-1), (~starts).to(to_go.dtype).flip(-1)).flip(-1)
@@ -120,7 +119,7 @@ def td0_returns(
     Source: Sutton & Barto 2018, eq. 6.2.
     """
     steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
-    return fill_masked(steps.rewards + gamma * steps.next_values, action_mask)
+    return _n_steps(steps, _filled(values, steps), gamma, 1)
 
 
 def n_step_returns(
@@ -149,11 +148,7 @@ def n_step_returns(
     """
     check_range("n", n, low=1)
     steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
-    following = _next_action(action_mask)
-    returns = one_step = steps.rewards + gamma * steps.next_values
-    for _ in range(min(n, rewards.shape[-1]) - 1):
-        returns = torch.where(steps.continues, steps.rewards + gamma * _gather_next(returns, following), one_step)
-    return fill_masked(returns, action_mask)
+    return _n_steps(steps, _filled(values, steps), gamma, min(n, rewards.shape[-1]))
 
 
 def td_lambda_returns(
@@ -182,9 +177,8 @@ def td_lambda_returns(
     """
     check_range("td_lambda", td_lambda, low=0, high=1)
     steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
-    # Where the episode goes on, lambda of the future is the recursion's; where it was cut off, all is bootstrapped.
-    future = torch.where(steps.continues, (1 - td_lambda) * steps.next_values, steps.bootstrap)
-    return _carry(steps, steps.rewards + gamma * future, gamma * td_lambda)
+    worth = _filled(values, steps).mul_(1 - td_lambda)
+    return _carry(steps, steps.rewards, gamma, worth=worth, weight=td_lambda)
 
 
 def gae(
@@ -218,9 +212,10 @@ def gae(
     """
     check_range("gae_lambda", gae_lambda, low=0, high=1)
     steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
-    delta = steps.rewards + gamma * steps.next_values - steps.values
-    advantages = _carry(steps, delta, gamma * gae_lambda)
-    return AdvantageEstimate(advantages, fill_masked(advantages + steps.values, action_mask))
+    values = _filled(values, steps)
+    # In place from here on: a fresh buffer costs more than the arithmetic that fills it.
+    advantages = _carry(steps, steps.rewards.sub_(values), gamma, worth=values, weight=gae_lambda)
+    return AdvantageEstimate(advantages, values.add_(advantages))
 
 
 def vtrace(
@@ -271,15 +266,17 @@ def vtrace(
     check_same_shape(log_probs=log_probs, behavior_log_probs=behavior_log_probs, action_mask=action_mask)
     check_float(log_probs=log_probs, behavior_log_probs=behavior_log_probs)
     steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
-    ratio = (log_probs.detach() - behavior_log_probs.detach()).exp().to(rewards.dtype)
+    values = _filled(values, steps)
+    ratio = fill_masked((log_probs - behavior_log_probs).detach(), action_mask).exp_().to(rewards.dtype)
 
-    delta = steps.rewards + gamma * steps.next_values - steps.values
-    decay = gamma * vtrace_lambda * ratio.clamp(max=c_clip)
-    correction = _carry(steps, ratio.clamp(max=rho_clip) * delta, decay)  # v_t - V(s_t)
-    next_correction = torch.where(steps.continues, _gather_next(correction, _next_action(action_mask)), 0.0)
-    q_minus_value = delta + gamma * vtrace_lambda * next_correction
-    advantages = fill_masked(ratio.clamp(max=advantage_rho_clip) * q_minus_value, action_mask)
-    return VTraceEstimate(advantages, correction + steps.values)
+    following = _next_action(action_mask)
+    delta = steps.rewards.sub_(values).add_(_at_next(values, following, steps), alpha=gamma)
+    weight = (ratio.clamp(max=c_clip) * gamma * vtrace_lambda).masked_fill_(~_continues(steps), 0.0)
+    weight.masked_fill_(~action_mask, 1.0)  # gaps pass on what they are given
+    correction = reverse_linear_scan_(ratio.clamp(max=rho_clip).mul_(delta), weight)  # v_t - V(s_t)
+    correction.masked_fill_(~action_mask, 0.0)
+    q_minus_value = delta.add_(_at_next(correction, following, steps), alpha=gamma * vtrace_lambda)
+    return VTraceEstimate(ratio.clamp_(max=advantage_rho_clip).mul_(q_minus_value), correction.add_(values))
 
 
 def reinforce_plus_plus_advantages(
@@ -315,7 +312,7 @@ def _steps(
     truncated: Tensor | None,
     bootstrap_values: Tensor | None,
 ) -> _Steps:
-    """Check the arguments and lay the decision process out: what follows each action, and what it is worth."""
+    """Check the arguments and lay the decision process out."""
     check_same_shape(
         rewards=rewards,
         values=values,
@@ -334,44 +331,66 @@ def _steps(
     if truncated is not None and bootstrap_values is None:
         raise InputError("truncated needs bootstrap_values: V of the state after each step, read where truncated")
 
-    nowhere = torch.zeros_like(action_mask)
-    terminated = nowhere if terminated is None else terminated
-    cut_off = nowhere if truncated is None else action_mask & truncated & ~terminated
     rewards = fill_masked(rewards.detach(), action_mask)
-    zeros = torch.zeros_like(rewards)
-    values = zeros if values is None else fill_masked(values.detach(), action_mask).to(rewards.dtype)
-    bootstrap = zeros
-    if bootstrap_values is not None:
-        bootstrap = fill_masked(bootstrap_values.detach(), cut_off).to(rewards.dtype)
-    following = _next_action(action_mask)
-    continues = action_mask & ~terminated & ~cut_off & (following < rewards.shape[-1])
-    next_values = torch.where(continues, _gather_next(values, following), bootstrap)
-    return _Steps(rewards, values, next_values, bootstrap, continues, action_mask)
+    ended = None if terminated is None else action_mask & terminated
+    if truncated is not None and bootstrap_values is not None:
+        cut_off = action_mask & truncated if ended is None else action_mask & truncated & ~ended
+        rewards.add_(fill_masked(bootstrap_values.detach(), cut_off), alpha=gamma)
+        ended = cut_off if ended is None else ended | cut_off
+    return _Steps(rewards, ended, action_mask)
 
 
-def _carry(steps: _Steps, x: Tensor, decay: float | Tensor) -> Tensor:
-    """y_t = x_t + decay_t * y_{next action}, cut at episode ends; gaps pass y through untouched."""
-    decays = torch.where(steps.action_mask, decay * steps.continues.to(x.dtype), 1.0)
-    return fill_masked(reverse_linear_scan(fill_masked(x, steps.action_mask), decays), steps.action_mask)
+def _filled(values: Tensor, steps: _Steps) -> Tensor:
+    """A copy of the values, detached, 0 in masked slots, in the rewards' type."""
+    return fill_masked(values.detach(), steps.action_mask).to(steps.rewards.dtype)
+
+
+def _carry(steps: _Steps, x: Tensor, gamma: float, *, weight: float = 1.0, worth: Tensor | None = None) -> Tensor:
+    """y_t = x_t + gamma * (worth + weight * y)_{next action}, cut at episode ends; overwrites x, which is 0 in gaps.
+
+    A gap holds what it passes back, gamma * (worth + weight * y) of the next action, until it is set to 0 at the end.
+    So a step's factor depends on the slot after it alone: another action, which is discounted, or a gap.
+    """
+    acts_next = torch.nn.functional.pad(steps.action_mask[..., 1:], (0, 1))
+    decay = torch.where(acts_next, x.new_full((), gamma * weight), 1.0)
+    if worth is not None:
+        following = worth[..., 1:] if steps.ended is None else worth[..., 1:].masked_fill(steps.ended[..., :-1], 0.0)
+        x[..., :-1].add_(following, alpha=gamma)
+    if steps.ended is not None:
+        decay.masked_fill_(steps.ended, 0.0)
+    return reverse_linear_scan_(x, decay).masked_fill_(~steps.action_mask, 0.0)
+
+
+def _n_steps(steps: _Steps, values: Tensor, gamma: float, n: int) -> Tensor:
+    """y_t = r_t + gamma * y_{next action}, n times over, beginning with y = V."""
+    following, y = _next_action(steps.action_mask), values
+    for _ in range(n):
+        y = _at_next(y, following, steps).mul_(gamma).add_(steps.rewards)
+    return y
 
 
 def _next_action(action_mask: Tensor) -> Tensor:
-    """Index of the row's first action after each slot, T if there is none: [..., T] int64."""
-    length = action_mask.shape[-1]
-    here = torch.where(action_mask, torch.arange(length, device=action_mask.device), length)
-    first_from_here = here.flip(-1).cummin(-1).values.flip(-1)
-    return torch.nn.functional.pad(first_from_here[..., 1:], (0, 1), value=length)
+    """Place of the row's first action after each slot, counted from 1, 0 if there is none: [..., T] int64."""
+    places = torch.arange(1, action_mask.shape[-1] + 1, dtype=torch.int32, device=action_mask.device)
+    first_from_here = reverse_linear_scan_(torch.where(action_mask, places, 0), (~action_mask).int())
+    return torch.nn.functional.pad(first_from_here[..., 1:], (0, 1)).long()
 
 
-def _gather_next(x: Tensor, following: Tensor) -> Tensor:
-    """x at the row's next action, 0 if there is none."""
-    return torch.nn.functional.pad(x, (0, 1)).gather(-1, following)
+def _at_next(x: Tensor, following: Tensor, steps: _Steps) -> Tensor:
+    """x at the next action of the same episode, 0 if there is none and in masked slots."""
+    found = torch.nn.functional.pad(x, (1, 0)).gather(-1, following)
+    return found.masked_fill_(~_continues(steps), 0.0)
+
+
+def _continues(steps: _Steps) -> Tensor:
+    """Where the row's next action, if there is one, belongs to the same episode: [..., T] bool."""
+    return steps.action_mask if steps.ended is None else steps.action_mask & ~steps.ended
 
 
 def _continued_before(steps: _Steps) -> Tensor:
     """Whether the row's previous action continues into each slot: [..., T] bool."""
-    last = torch.arange(steps.continues.shape[-1], device=steps.continues.device)
+    last = torch.arange(steps.action_mask.shape[-1], device=steps.action_mask.device)
     position = torch.where(steps.action_mask, last, -1).cummax(-1).values
     previous = torch.nn.functional.pad(position[..., :-1], (1, 0), value=-1)
-    continues = torch.nn.functional.pad(steps.continues, (1, 0))  # slot 0: before the first action nothing continues
+    continues = torch.nn.functional.pad(_continues(steps), (1, 0))  # slot 0: before the first action nothing continues
     return continues.gather(-1, previous + 1)

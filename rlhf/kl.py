@@ -106,10 +106,8 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, action_mask: Tensor) -> Tensor:
     check_mask(action_mask=action_mask)
     log_p = torch.where(action_mask.unsqueeze(-1), logits, 0.0).log_softmax(-1)
     log_q = torch.where(action_mask.unsqueeze(-1), ref_logits.detach(), 0.0).log_softmax(-1)
-    possible = log_p > -torch.inf  # 0 log 0 = 0, in the gradient too
-    log_ratio = torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0)
-    p = torch.where(possible, log_p.exp(), 0.0)
-    return (p * torch.where(p > 0, log_ratio, 0.0)).sum(-1)
+    p = log_p.exp()
+    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)  # 0 log 0 = 0, in the gradient too
 
 
 def adapt_kl_coef_proportionally(

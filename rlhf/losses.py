@@ -97,11 +97,11 @@ def importance_weighted_loss(
         SurrogateTerms(loss [...], ratio [...], is_clipped all False).
     Raises:
         InputError: shapes differ or the mask is not bool.
-    Source: Degris et al. 2012, arXiv:1205.4839, eq. 5; Schulman et al. 2015, arXiv:1502.05477, eq. 14.
+    Source: Degris et al. 2012, arXiv:1205.4839; Schulman et al. 2015, arXiv:1502.05477 (TRPO).
     """
     log_ratio, advantages = _log_ratio_and_advantages(log_probs, behavior_log_probs, advantages, action_mask)
-    loss = -_weighted(log_ratio, advantages)
-    return SurrogateTerms(loss, log_ratio.detach().exp(), torch.zeros_like(action_mask))
+    ratio = log_ratio.detach().exp()
+    return SurrogateTerms(_weighted(log_ratio, -advantages), ratio, torch.zeros_like(action_mask))
 
 
 def clipped_surrogate_loss(
@@ -138,14 +138,16 @@ def clipped_surrogate_loss(
         check_range("dual_clip", dual_clip, low=1, low_open=True)
     log_ratio, advantages = _log_ratio_and_advantages(log_probs, old_log_probs, advantages, action_mask)
     ratio = log_ratio.detach().exp()
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
-    is_clipped = -bounded * advantages > -ratio * advantages
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high).mul_(advantages)
+    is_clipped = bounded < ratio * advantages
     if dual_clip is not None:
         is_dual = (advantages < 0) & (ratio > dual_clip)
-        bounded, is_clipped = bounded.masked_fill(is_dual, dual_clip), is_clipped | is_dual
+        bounded, is_clipped = torch.where(is_dual, dual_clip * advantages, bounded), is_clipped | is_dual
     # A clipped action has no gradient: its ratio, which may have overflowed, is kept out of the differentiated exp.
-    free = _weighted(log_ratio.masked_fill(is_clipped, 0.0), advantages)
-    return SurrogateTerms(-torch.where(is_clipped, bounded * advantages, free), ratio, is_clipped)
+    # There it counts as 1, and the bound stands in the other factor.
+    weights = torch.where(is_clipped, bounded, advantages).neg_()
+    del bounded, advantages
+    return SurrogateTerms(_weighted(log_ratio, weights, is_clipped), ratio, is_clipped)
 
 
 def kl_penalized_surrogate_loss(
@@ -180,7 +182,7 @@ def kl_penalized_surrogate_loss(
     log_ratio, advantages = _log_ratio_and_advantages(log_probs, old_log_probs, advantages, action_mask)
     if kl is None:
         kl = torch.expm1(log_ratio) - log_ratio
-    loss = -_weighted(log_ratio, advantages) + kl_coef * fill_masked(kl, action_mask)
+    loss = _weighted(log_ratio, -advantages) + kl_coef * fill_masked(kl, action_mask)
     return SurrogateTerms(loss, log_ratio.detach().exp(), torch.zeros_like(action_mask))
 
 
@@ -209,19 +211,19 @@ def value_loss(
     """
     check_same_shape(values=values, returns=returns, old_values=old_values, action_mask=action_mask)
     check_float(values=values, returns=returns, old_values=old_values)
-    values, returns = fill_masked(values, action_mask), fill_masked(returns.detach(), action_mask)
-    plain = 0.5 * (values - returns).square()
+    returns = returns.detach()
+    error = fill_masked(values - returns, action_mask)
     if value_clip is None:
-        return ValueTerms(plain, torch.zeros_like(action_mask))
+        return ValueTerms(error.square().mul_(0.5), torch.zeros_like(action_mask))
     check_range("value_clip", value_clip, low=0, low_open=True)
     if old_values is None:
         raise InputError("value_clip needs old_values: the critic's values before this update")
-    old_values = fill_masked(old_values.detach(), action_mask)
-    change = values - old_values
-    # Exactly `values` where nothing is clipped: old + (values - old) rounds, and would count as clipped.
-    near = torch.where(change.abs() <= value_clip, values, old_values + change.clamp(-value_clip, value_clip))
-    clipped = 0.5 * (near - returns).square()
-    return ValueTerms(torch.maximum(plain, clipped), clipped > plain)
+    old_values = old_values.detach()
+    near = values.detach().clamp(old_values - value_clip, old_values + value_clip)
+    clipped_error = near.sub_(returns)
+    # A larger error than the prediction's own is one that the clip made: it has no gradient.
+    is_clipped = (clipped_error.abs() > error.detach().abs()) & action_mask
+    return ValueTerms(torch.where(is_clipped, clipped_error, error).square().mul_(0.5), is_clipped)
 
 
 def categorical_entropy(logits: Tensor, action_mask: Tensor) -> Tensor:
@@ -240,9 +242,9 @@ def categorical_entropy(logits: Tensor, action_mask: Tensor) -> Tensor:
     check_mask(action_mask=action_mask)
     check_same_shape(logits_without_last_axis=logits[..., 0], action_mask=action_mask)
     log_p = torch.where(action_mask.unsqueeze(-1), logits, 0.0).log_softmax(-1)
-    possible = log_p > -torch.inf  # 0 log 0 = 0, in the gradient too
-    surprise = -torch.where(possible, log_p, 0.0) * torch.where(possible, log_p.exp(), 0.0)
-    return fill_masked(surprise.sum(-1), action_mask)
+    p = log_p.exp()
+    finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # 0 log 0 = 0, in the gradient too
+    return fill_masked(-(p * finite).sum(-1), action_mask)
 
 
 def _log_ratio_and_advantages(
@@ -255,6 +257,10 @@ def _log_ratio_and_advantages(
     return log_ratio, fill_masked(advantages.detach(), action_mask)
 
 
-def _weighted(log_ratio: Tensor, advantages: Tensor) -> Tensor:
-    """ratio * advantage; exactly 0 where the advantage is, though the ratio overflowed: inf * 0 would be NaN."""
-    return log_ratio.masked_fill(advantages == 0, 0.0).exp() * advantages
+def _weighted(log_ratio: Tensor, weights: Tensor, is_constant: Tensor | None = None) -> Tensor:
+    """ratio * weight, the weight itself where `is_constant`.
+
+    Exactly 0 where the weight is, though the ratio overflowed: inf * 0 would be NaN.
+    """
+    constant = weights == 0 if is_constant is None else is_constant | (weights == 0)
+    return log_ratio.masked_fill(constant, 0.0).exp() * weights

@@ -85,17 +85,26 @@ def masked_whiten(
         mean, var: [] statistics to use instead of x's own, for a batch spread over ranks; both or neither.
     Raises:
         InputError: shapes differ, the mask is not bool, only one of mean and var is given.
-    Source: Huang et al. 2024, arXiv:2403.17031, detail 7 (advantage whitening).
+    Source: Huang et al. 2024, arXiv:2403.17031 (whitening of rewards and advantages).
     """
     if (mean is None) != (var is None):
         raise InputError("give both mean and var, or neither")
     check_range("epsilon", epsilon, low=0)
     check_range("std_epsilon", std_epsilon, low=0)
+    check_range("ddof", ddof, low=0)
+    check_mask(mask=mask)
+    check_same_shape(x=x, mask=mask)
     # Measured from one of its own numbers, equal numbers are exactly 0; less their rounded mean they would not be.
-    origin = torch.where(mask.any(), fill_masked(x, mask, -torch.inf).amax(), 0.0)
+    first = mask.flatten().byte().argmax(0, keepdim=True) if mask.numel() else mask.flatten().long()
+    origin = torch.where(mask.flatten()[first], x.detach().flatten()[first], 0.0).sum()
     x = fill_masked(x - origin, mask)
     if mean is None or var is None:
-        mean, var = masked_mean(x, mask) + origin, masked_var(x, mask, ddof=ddof)
+        count = mask.sum()
+        mean = x.sum() / count.clamp(min=1) + origin
+        x = fill_masked(x - (mean - origin), mask)
+        var = torch.where(count > ddof, x.square().sum() / (count - ddof).clamp(min=1), 0.0)
+    else:
+        x = fill_masked(x - (mean - origin), mask)
     std = (var + epsilon).sqrt() + std_epsilon
-    scaled = (x - (mean - origin)) / torch.where(std > 0, std, 1.0)
-    return fill_masked(scaled if shift_mean else scaled + mean, mask)
+    scaled = x / torch.where(std > 0, std, 1.0)
+    return scaled if shift_mean else fill_masked(scaled + mean, mask)

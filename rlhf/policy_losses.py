@@ -52,9 +52,9 @@ def gspo_loss(
     check_time_axis(log_probs=log_probs)
     of_sequence = masked_mean((log_probs - old_log_probs).detach(), action_mask, dim=-1).unsqueeze(-1)
     # Values of the sequence's log ratio, gradient of each token's: the difference is exactly 0.
-    token_form = of_sequence + (log_probs - log_probs.detach())
+    token_form = (log_probs - log_probs.detach()).add_(of_sequence)
     return clipped_surrogate_loss(
-        token_form, torch.zeros_like(token_form), advantages, action_mask,
+        token_form, token_form.new_zeros(()).expand_as(token_form), advantages, action_mask,
         clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ def cispo_loss(
         check_range("clip_low", clip_low, low=0, high=1, low_open=True, high_open=True)
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, action_mask=action_mask)
     check_float(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
-    ratio = fill_masked((log_probs - old_log_probs).detach(), action_mask).exp()
+    ratio = fill_masked((log_probs - old_log_probs).detach(), action_mask).exp_()
     weight = ratio.clamp(0.0 if clip_low is None else 1 - clip_low, 1 + clip_high)
     loss = reinforce_loss(log_probs, weight * advantages.detach(), action_mask)
     return SurrogateTerms(loss, ratio, weight != ratio)
@@ -133,7 +133,8 @@ def sapo_loss(
     # Where the ratio overflows the gate is 1 and flat; its derivative would be 0 * inf.
     is_open = ratio.isinf()
     gate = torch.sigmoid(temperature * torch.expm1(log_ratio.masked_fill(is_open, 0.0))).masked_fill(is_open, 1.0)
-    return SurrogateTerms(-gate * (4 / temperature) * advantages, ratio, torch.zeros_like(action_mask))
+    weights = advantages.div_(temperature).mul_(-4)
+    return SurrogateTerms(gate * weights, ratio, torch.zeros_like(action_mask))
 
 
 def sampler_importance_weights(

@@ -44,7 +44,7 @@ def bradley_terry_loss(
     Raises:
         InputError: shapes differ, the mask is not bool or center_coef < 0.
     Source: Bradley & Terry 1952; margin: Touvron et al. 2023 (Llama 2), arXiv:2307.09288, eq. 2; centring: Eisenstein
-        et al. 2023, arXiv:2312.09244, section 2.
+        et al. 2023, arXiv:2312.09244, eq. 2.
     """
     check_range("center_coef", center_coef, low=0, high_open=True)
     check_same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores, margin=margin, pair_mask=pair_mask)

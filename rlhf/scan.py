@@ -1,27 +1,22 @@
 """The one primitive under every estimator: a linear recurrence that runs backwards in time."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
+from torch.nn.functional import pad
 
 from rlhf.checks import check_float, check_same_shape, check_time_axis
-
-# Steps taken one after the other before a level of blocks is closed. A scan over T steps launches about
-# 2 * BLOCK * log_BLOCK(T) kernels, each over T / BLOCK elements a row: T = 4096 takes 117 instead of 8,190.
-BLOCK = 16
 
 
 def reverse_linear_scan(x: Tensor, decay: Tensor) -> Tensor:
     """y_t = x_t + decay_t * y_{t+1}, with y = 0 after the last step.
 
-    Blocked along time: within every block at once, as if nothing followed it; then the same scan over the blocks'
-    first elements; then each block is completed with what follows it. Work is O(T), depth O(BLOCK log T).
-    Differentiable in both arguments. An exact 0 in `decay` cuts the recurrence (for finite y).
+    Pairs of steps are folded into one, then pairs of pairs: O(T) work in about 3 log2(T) kernels. Differentiable in
+    both arguments. An exact 0 in `decay` cuts the recurrence (for finite y).
 
     Args:
         x: [..., T] float32 or float64, time last.
-        decay: [..., T], one factor per element, at most about 1 in size (a block's product must not overflow).
+        decay: [..., T], one factor per element, at most about 1 in size (their products must not overflow).
     Returns:
         y: [..., T], x's dtype.
     Raises:
@@ -31,32 +26,47 @@ def reverse_linear_scan(x: Tensor, decay: Tensor) -> Tensor:
     check_same_shape(x=x, decay=decay)
     check_float(x=x, decay=decay)
     check_time_axis(x=x)
-    decay = decay.to(x.dtype)
+    y: Tensor = _Scan.apply(x, decay.to(x.dtype))
+    return y
+
+
+def reverse_linear_scan_(x: Tensor, decay: Tensor) -> Tensor:
+    """`reverse_linear_scan` that overwrites x with y, and `decay` with products of it; takes no memory of its own.
+
+    Arguments as there, of one type, each dense; neither is differentiated.
+    """
     steps = x.shape[-1]
-    if steps <= BLOCK:
-        return _scan_within(x.unbind(-1), decay.unbind(-1))[0].movedim(0, -1)
-
-    padding = -steps % BLOCK
-    blocks = (*x.shape[:-1], (steps + padding) // BLOCK, BLOCK)
-    # The place within a block goes first, so that each step below works on contiguous memory.
-    by_place = [
-        torch.nn.functional.pad(each, (0, padding)).reshape(blocks).movedim(-1, 0).contiguous() for each in (x, decay)
-    ]
-    local, product = _scan_within(*(each.unbind(0) for each in by_place))
-
-    block_firsts = reverse_linear_scan(local[0], product[0])
-    following = torch.nn.functional.pad(block_firsts[..., 1:], (0, 1))
-    y = torch.addcmul(local, product, following)
-    return y.movedim(0, -1).flatten(-2)[..., :steps]
+    strides = [2**level for level in range((steps - 1).bit_length())]
+    # Upwards: every second element that is left takes in the one after it. Then x_t is the recurrence over the next
+    # 2 * stride steps as if nothing followed them, and decay_t their product.
+    for stride in strides:
+        here, after = slice(0, steps - stride, 2 * stride), slice(stride, None, 2 * stride)
+        x[..., here].addcmul_(decay[..., here], x[..., after])
+        decay[..., here].mul_(decay[..., after])
+    # Downwards: the elements passed over are completed with what follows them, which is complete by then.
+    for stride in reversed(strides):
+        here, after = slice(stride, steps - stride, 2 * stride), slice(2 * stride, None, 2 * stride)
+        x[..., here].addcmul_(decay[..., here], x[..., after])
+    return x
 
 
-def _scan_within(xs: Sequence[Tensor], decays: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Step by step through a block: y, and the product of the decays from each step to the end; stacked first."""
-    y, product = xs[-1], decays[-1]
-    ys, products = [y], [product]
-    for x_t, decay_t in zip(reversed(xs[:-1]), reversed(decays[:-1]), strict=True):
-        y = torch.addcmul(x_t, decay_t, y)
-        product = decay_t * product
-        ys.append(y)
-        products.append(product)
-    return torch.stack(ys[::-1]), torch.stack(products[::-1])
+class _Scan(torch.autograd.Function):
+    """The scan with its own gradient, which is a scan too; it stores y and decay, not the steps between."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, decay: Tensor) -> Tensor:
+        return reverse_linear_scan_(x.clone(), decay.clone())
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1], output)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, y_grad: Tensor) -> tuple[Tensor, Tensor]:
+        decay, y = ctx.saved_tensors  # type: ignore[attr-defined]
+        # What reaches x_t comes from y_t and, through decay_{t-1}, from x_{t-1}: the recurrence forwards in time.
+        from_before = pad(decay[..., :-1], (1, 0))
+        x_grad = reverse_linear_scan(y_grad.flip(-1), from_before.flip(-1)).flip(-1)
+        return x_grad, pad(x_grad[..., :-1] * y[..., 1:], (0, 1))

@@ -5,13 +5,14 @@ float64. `golden_adapters/PEER.py` maps the peer's names, layout and conventions
 Every recorded output is compared or has a reason. `--golden-dir DIR` runs another folder of such files, with a report.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from golden_adapters import PEERS
 from golden_adapters.common import Skip
-from golden_adapters.comparing import Case, comparisons, load
+from golden_adapters.comparing import Case, comparisons, load, stale_keys
 from golden_adapters.report import record
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -44,3 +45,19 @@ def test_peers_number(case: Case) -> None:
         record(case.peer, case.function, None, reasons)
         raise
     record(case.peer, case.function, compared, reasons)
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_every_reason_is_about_a_recorded_output(peer: str) -> None:
+    """A reason whose cases are gone would one day excuse something else."""
+    cases = [case for case in load(GOLDEN) if case.peer == peer]
+    assert cases
+    assert not stale_keys(PEERS[peer], cases)
+
+
+@pytest.mark.parametrize(
+    "key", ["get_gamma_weight", "GRPOTrainer._compute_loss/vespo2", "GRPOTrainer._compute_loss#los"]
+)
+def test_a_stale_reason_is_found(key: str) -> None:
+    cases = [case for case in load(GOLDEN) if case.peer == "trl"]
+    assert stale_keys(replace(PEERS["trl"], out_of_scope={key: "a reason"}), cases) == [key]

@@ -79,6 +79,17 @@ def reason_against(out_of_scope: dict[str, str], path: str, output: str) -> str 
     return None
 
 
+def stale_keys(peer: Peer, cases: list[Case]) -> list[str]:
+    """Keys of `out_of_scope` that match no recorded output any more: reasons for something that is gone."""
+    recorded = set()
+    for case in cases:
+        for by_variant in case.recorded["outputs"].values():
+            for variant in case.params.get("variants") or {"": {}}:
+                path, outputs = (f"{case.path}/{variant}", by_variant[variant]) if variant else (case.path, by_variant)
+                recorded |= {(path, name) for name, _ in _flat(outputs)}
+    return [key for key in peer.out_of_scope if not any(reason_against({key: key}, *each) for each in recorded)]
+
+
 def comparisons(case: Case, peer: Peer) -> Iterator[Comparison | Skip]:
     """One for each recorded output in each precision and variant.
 
