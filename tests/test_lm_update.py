@@ -25,7 +25,7 @@ ALGORITHMS = {
 }
 
 
-def config_for(algorithm: AlgorithmConfig, micro_batch_size: int = 64) -> TrainerConfig:
+def config_for(algorithm: AlgorithmConfig, micro_batch_tokens: int = 640) -> TrainerConfig:
     return TrainerConfig(
         sampling=SamplingConfig(max_new_tokens=6, temperature=0.8),
         algorithm=algorithm,
@@ -33,7 +33,7 @@ def config_for(algorithm: AlgorithmConfig, micro_batch_size: int = 64) -> Traine
             prompts_per_step=6,
             samples_per_prompt=2,
             minibatches=2,
-            micro_batch_size=micro_batch_size,
+            micro_batch_tokens=micro_batch_tokens,
             learning_rate=1e-2,
         ),
     )
@@ -64,7 +64,7 @@ def make_sequences() -> Sequences:
 def make_experience(roles: Roles, config: TrainerConfig) -> Experience:
     """Experience of a policy a little different from the actor, so that ratios are not 1 and some are clipped."""
     sequences = make_sequences()
-    found = predict(roles, sequences, temperature=0.8, batch_size=5, autocast=Accelerator().autocast)
+    found = predict(roles, sequences, temperature=0.8, micro_batch_tokens=50, autocast=Accelerator().autocast)
     generator = torch.Generator().manual_seed(4)
     noise = 0.2 * torch.randn(found.log_probs.shape, generator=generator, dtype=torch.float64)
     found = found._replace(log_probs=torch.where(sequences.action_mask, found.log_probs + noise, 0.0))
@@ -150,10 +150,10 @@ def test_garbage_in_padding_changes_nothing(name: str) -> None:
         assert torch.equal(dirty[key], gradient), key
 
 
-def run_update(algorithm: AlgorithmConfig, micro_batch_size: int) -> dict[str, torch.Tensor | float]:
+def run_update(algorithm: AlgorithmConfig, micro_batch_tokens: int) -> dict[str, torch.Tensor | float]:
     """A whole update on the fixed experience: metrics, last gradients and weights after it. Any number of processes."""
     accelerator = Accelerator()
-    config = config_for(algorithm, micro_batch_size)
+    config = config_for(algorithm, micro_batch_tokens)
     roles = make_roles(algorithm)
     experience = make_experience(roles, config)
     groups = roles.parameter_groups()
@@ -186,14 +186,14 @@ def optimizer_step_gradients(learner: Learner, experience: Experience, config: T
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_two_processes_update_as_one(name: str, tmp_path: Path) -> None:
     """Loss, gradient and weights of two processes equal those of one, given the same experience, to 1e-10."""
-    alone = run_update(ALGORITHMS[name], micro_batch_size=5)
+    alone = run_update(ALGORITHMS[name], micro_batch_tokens=50)
     script = """
 import sys
 import torch
 from accelerate import Accelerator
 sys.path.insert(0, sys.argv[1])
 import test_lm_update as tests
-result = tests.run_update(tests.ALGORITHMS[sys.argv[2]], micro_batch_size=3)
+result = tests.run_update(tests.ALGORITHMS[sys.argv[2]], micro_batch_tokens=24)
 assert Accelerator().num_processes == 2
 torch.save(result, f"{sys.argv[3]}/{Accelerator().process_index}.pt")
 Accelerator().end_training()

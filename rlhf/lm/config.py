@@ -132,8 +132,9 @@ class OptimizationConfig:
     """Passes over each round's completions."""
     minibatches: int = 2
     """Optimizer steps per pass."""
-    micro_batch_size: int = 64
-    """Sequences per forward, and backward, on each process: bounds memory, changes no gradient."""
+    micro_batch_tokens: int = 8192
+    """Tokens (prompt, completion and padding) per forward and backward on each process, at least one sequence: bounds
+    memory, changes no gradient."""
     learning_rate: float = 1e-6
     """Peak learning rate (AdamW)."""
     critic_learning_rate: float | None = None
@@ -152,7 +153,7 @@ class OptimizationConfig:
     """Gradients are scaled down to this norm, actor and critic each on its own; > 0, inf for never."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "samples_per_prompt", "epochs", "minibatches", "micro_batch_size"):
+        for name in ("steps", "prompts_per_step", "samples_per_prompt", "epochs", "minibatches", "micro_batch_tokens"):
             check_range(name, getattr(self, name), low=1)
         check_range("learning_rate", self.learning_rate, low=0, high_open=True)
         if self.critic_learning_rate is not None:

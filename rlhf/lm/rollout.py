@@ -104,7 +104,7 @@ def collect(
     prompts_per_step: int,
     samples_per_prompt: int,
     reward_weights: Sequence[float] | None,
-    scoring_batch_size: int,
+    micro_batch_tokens: int,
 ) -> Rollout:
     """Complete and score this step's prompts.
 
@@ -113,7 +113,7 @@ def collect(
     Args:
         step: rounds collected so far; decides which prompts are next.
         prompts_per_step, samples_per_prompt: over all processes; B is their product.
-        scoring_batch_size: sequences per forward of actor, reference and critic.
+        micro_batch_tokens: per forward of actor, reference and critic.
     Returns:
         The round of all processes, the same on each but for `texts`.
     Raises:
@@ -136,7 +136,7 @@ def collect(
         roles,
         sequences,
         temperature=sampler.sampling.temperature,
-        batch_size=scoring_batch_size,
+        micro_batch_tokens=micro_batch_tokens,
         autocast=accelerator.autocast,
     )
     gap = (predictions.log_probs - sampler_log_probs).abs().max()

@@ -213,7 +213,7 @@ class Trainer:
             prompts_per_step=config.optimization.prompts_per_step,
             samples_per_prompt=config.optimization.samples_per_prompt,
             reward_weights=self.reward_weights,
-            scoring_batch_size=config.optimization.micro_batch_size,
+            micro_batch_tokens=config.optimization.micro_batch_tokens,
         )
         experience = build_experience(
             rollout.sequences,
