@@ -50,7 +50,8 @@ def lay_out(sequence_ids: Tensor, attention_mask: Tensor, action_mask: Tensor, k
     else:
         longest = int(lengths.max())
         starts = torch.arange(len(lengths), device=places.device) * longest
-        input_ids = sequence_ids.new_zeros(len(lengths), longest)
+        first = sequence_ids.gather(1, attention_mask.int().argmax(-1, keepdim=True))
+        input_ids = first.repeat(1, longest)  # padding by a token of the text: some models warn at the sight of others
         input_ids[torch.arange(longest, device=places.device) < lengths[:, None]] = sequence_ids[attention_mask]
         position_ids = None
     before = starts[:, None] + places - 1

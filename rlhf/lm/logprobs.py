@@ -125,8 +125,9 @@ def at_actions(x: Tensor, action_mask: Tensor) -> Tensor:
 
 def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model under the head, adapters included; the model itself where it has no such part."""
-    model_or_peft: Any = model
-    inner = model_or_peft.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):  # peft's wrapper
+        inner = inner.get_base_model()
     return inner.base_model
 
 
@@ -154,12 +155,12 @@ _has_plain_head: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def layout_for(trunk: PreTrainedModel) -> LayoutKind:
     """How a trunk is given its tokens: the first of these that gives the states of the padded batch with its mask.
 
-    packed, with flash attention or FlexAttention, whose work then is that of the sequences alone; (with a dense mask it
-    would grow with the square of the row, so sdpa and eager do not pack); padded, for all that is causal; given.
+    packed, on a GPU with flash attention or FlexAttention, whose work then is that of the sequences alone (with sdpa and
+    eager, whose mask is dense, it would grow with the square of the row); padded, for all that is causal; given.
     """
     implementation = str(trunk.config.get_text_config()._attn_implementation)
     if trunk not in _layouts or _layouts[trunk][0] != implementation:
-        can_pack = "flash" in implementation or implementation == "flex_attention"
+        can_pack = trunk.device.type != "cpu" and ("flash" in implementation or implementation == "flex_attention")
         kinds: list[LayoutKind] = ["packed", "padded"] if can_pack else ["padded"]
         _layouts[trunk] = (implementation, next((kind for kind in kinds if _keeps_states(trunk, kind)), "given"))
     return _layouts[trunk][1]
