@@ -6,8 +6,9 @@
 
 Each variant makes the gradient of one optimizer step (forward and backward of the actor under the clipped surrogate)
 from the same sequences, in turn, round after round; ratios are medians over rounds. Every gradient is compared with the
-first variant's. Peak memory is that of a fresh process beyond the model and its gradients. The floor is 6 FLOPs per parameter
-and token, embeddings that are only looked up left out, at the speed of a large matrix product measured in the same run.
+first variant's. Peak memory is that of a fresh process beyond the model and its gradients. The floor is 6 FLOPs per
+parameter and real token of the trunk, per entry of the output matrix and action of the head, at the speed of a large
+matrix product measured in the same run.
 """
 
 import multiprocessing
@@ -45,7 +46,7 @@ class Args:
     """Longest prompt, tokens."""
     completion: int = 64
     """Longest completion, tokens."""
-    micro_batch_tokens: int = 2048
+    micro_batch_tokens: int = 1024
     """The plain variant takes as many whole sequences as fit, in the order given."""
     entropy: bool = False
     """With an entropy bonus."""

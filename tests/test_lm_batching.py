@@ -44,6 +44,12 @@ def test_no_sequences_make_no_micro_batch() -> None:
     assert micro_batches(torch.zeros(0, dtype=torch.int64), tokens=5, packed=False) == []
 
 
+def test_without_a_budget_there_is_one_all_the_same() -> None:
+    parts = micro_batches(torch.full((1000,), 8), tokens=None, packed=False)
+    assert len(parts) > 1
+    assert sum(map(len, parts)) == 1000
+
+
 def test_layouts_written_out() -> None:
     """Prompts 5 and 6 7, completions 8 9 and 10; 0 is padding. States are of 5 8 (before 8 9) and 7 (before 10)."""
     ids = torch.tensor([[0, 5, 8, 9], [6, 7, 10, 0]])

@@ -16,6 +16,8 @@ from torch import Tensor
 # given: as the caller padded them, with an attention mask.
 LayoutKind = Literal["packed", "padded", "given"]
 
+CPU_TOKENS, GPU_TOKENS = 1024, 8192  # per micro-batch. The first is measured (docs/benchmarks.md, Updates)
+
 
 class Layout(NamedTuple):
     """Tokens as a trunk takes them, and where to find the states that matter."""
@@ -58,16 +60,19 @@ def lay_out(sequence_ids: Tensor, attention_mask: Tensor, action_mask: Tensor, k
     return Layout(input_ids, position_ids, None, before[:, width - action_mask.shape[1] :][action_mask])
 
 
-def micro_batches(lengths: Tensor, *, tokens: int, packed: bool) -> list[Tensor]:
+def micro_batches(lengths: Tensor, *, tokens: int | None, packed: bool) -> list[Tensor]:
     """Cut sequences into micro-batches, longest first, so that what is too large for memory shows at once.
 
     Args:
         lengths: [n] int, tokens of each sequence.
-        tokens: at most so many in a micro-batch, padding included; a sequence longer than that stands alone.
+        tokens: at most so many in a micro-batch, padding included; a sequence longer than that stands alone. None:
+            1,024 on a CPU, where more only adds padding; 8,192 elsewhere.
         packed: whether sequences are packed, so that there is no padding to count.
     Returns:
         [b] int64 indices into lengths each; together every index once.
     """
+    if tokens is None:
+        tokens = CPU_TOKENS if lengths.device.type == "cpu" else GPU_TOKENS
     order = lengths.argsort(descending=True, stable=True)
     sizes: list[int] = []
     used = longest = 0

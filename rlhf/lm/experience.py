@@ -100,7 +100,7 @@ class Experience:
 
 @torch.no_grad()
 def predict(
-    roles: Roles, sequences: Sequences, *, temperature: float, micro_batch_tokens: int, autocast: Autocast
+    roles: Roles, sequences: Sequences, *, temperature: float, micro_batch_tokens: int | None, autocast: Autocast
 ) -> Predictions:
     """One pass of each role over the sequences, some at a time: see `micro_batches`."""
     shape = sequences.action_mask.shape

@@ -155,8 +155,8 @@ _has_plain_head: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 def layout_for(trunk: PreTrainedModel) -> LayoutKind:
     """How a trunk is given its tokens: the first of these that gives the states of the padded batch with its mask.
 
-    packed, on a GPU with flash attention or FlexAttention, whose work then is that of the sequences alone (with sdpa and
-    eager, whose mask is dense, it would grow with the square of the row); padded, for all that is causal; given.
+    packed, on a GPU with flash attention or FlexAttention, whose work then is that of the sequences alone (with sdpa
+    and eager, whose mask is dense, it would grow with the square of the row); padded, for all that is causal; given.
     """
     implementation = str(trunk.config.get_text_config()._attn_implementation)
     if trunk not in _layouts or _layouts[trunk][0] != implementation:

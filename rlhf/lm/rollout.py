@@ -104,7 +104,7 @@ def collect(
     prompts_per_step: int,
     samples_per_prompt: int,
     reward_weights: Sequence[float] | None,
-    micro_batch_tokens: int,
+    micro_batch_tokens: int | None,
 ) -> Rollout:
     """Complete and score this step's prompts.
 
