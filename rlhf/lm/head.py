@@ -120,14 +120,17 @@ class _ChunkedTerms(torch.autograd.Function):
         log_p: Tensor | None = None
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _slices(len(hidden), settings.rows):
-                log_p = _logits(hidden[part], head, settings).log_softmax(-1)
+                logits = _logits(hidden[part], head, settings)
+                log_p = logits.log_softmax(-1)
                 log_probs[part] = log_p.gather(-1, token_ids[part, None]).squeeze(-1)
-                p = log_p.exp() if settings.with_entropy or ref_head is not None else log_p
-                if entropy is not None:
-                    entropy[part] = -torch.linalg.vecdot(p, log_p)
+                if entropy is None and kl is None:
+                    continue
+                p = torch.exp(log_p, out=logits)  # in place: fresh memory costs a CPU as much as the arithmetic
                 if kl is not None and ref_head is not None and ref_hidden is not None:
                     log_q = _logits(ref_hidden[part], ref_head, settings).log_softmax(-1)
-                    kl[part] = torch.linalg.vecdot(p, log_p - log_q)
+                    kl[part] = (log_p - log_q).mul_(p).sum(-1)
+                if entropy is not None:
+                    entropy[part] = -p.mul_(log_p).sum(-1)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
         kept = log_p if settings.keep else None
@@ -155,10 +158,10 @@ class _ChunkedTerms(torch.autograd.Function):
                 if d_log_probs is not None:
                     slope = slope - d_log_probs[part, None]
                 if d_entropy is not None:
-                    slope = slope - d_entropy[part, None] * (log_p + entropy[part, None])
+                    slope = (log_p + entropy[part, None]).mul_(-d_entropy[part, None]).add_(slope)
                 if d_kl is not None and ref_head is not None:
                     log_q = _logits(ref_hidden[part], ref_head, settings).log_softmax(-1)
-                    slope = slope + d_kl[part, None] * (log_p - log_q - kl[part, None])
+                    slope = (log_p - log_q).sub_(kl[part, None]).mul_(d_kl[part, None]).add_(slope)
                 d_logits = log_p.exp().mul_(slope)
                 if d_log_probs is not None:
                     d_logits.scatter_add_(-1, token_ids[part, None], d_log_probs[part, None])
