@@ -249,6 +249,14 @@ def test_logits_that_are_more_than_a_matrix_are_taken_from_the_model(name: str) 
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
+@pytest.mark.filterwarnings("ignore:.*lora_bias")
+def test_an_adapter_that_only_training_shows_is_refused_from_the_start(option: str) -> None:
+    """As they begin, with B = 0, such adapters change no logit, so that trying the model finds nothing."""
+    lora = peft.LoraConfig(r=3, target_modules=["lm_head"], **{option: True})
+    assert output_head(peft.get_peft_model(tiny_model(), lora)) is None
+
+
 def test_dropout_on_the_heads_adapter_is_not_lost_in_training() -> None:
     model = with_lora(tiny_model(dtype=torch.float64), "lm_head", lora_dropout=0.5)
     assert output_head(model) is not None
