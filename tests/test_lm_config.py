@@ -76,7 +76,7 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "samples_per_prompt": COUNT,
         "epochs": COUNT,
         "minibatches": COUNT,
-        "micro_batch_size": COUNT,
+        "micro_batch_tokens": COUNT,
         "learning_rate": NON_NEGATIVE,
         "critic_learning_rate": ([None, 0.0, 1.0], [-1e-9, math.nan, math.inf]),
         "lr_schedule": (["constant", "linear", "cosine"], ["step"]),

@@ -43,7 +43,7 @@ def make_config(run_dir: Path, **changes: dict[str, Any]) -> TrainerConfig:
         sampling=SamplingConfig(max_prompt_tokens=8, max_new_tokens=5),
         algorithm=AlgorithmConfig(kl_reward_coef=0.05, kl_target=0.5, kl_horizon=100),
         optimization=OptimizationConfig(
-            steps=STEPS, prompts_per_step=8, samples_per_prompt=2, micro_batch_size=6, learning_rate=1e-2
+            steps=STEPS, prompts_per_step=8, samples_per_prompt=2, micro_batch_tokens=72, learning_rate=1e-2
         ),
         run=RunConfig(run_dir=run_dir, eval_every=3, eval_prompts=8, checkpoint_every=2),
     )
@@ -293,7 +293,9 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(tmp_pat
 
 def test_what_only_reports_or_bounds_memory_may_change_on_resume(tmp_path: Path) -> None:
     make_trainer(make_config(tmp_path / "run")).train()
-    changed = make_config(tmp_path / "run", run={"resume": True, "eval_every": 1}, optimization={"micro_batch_size": 3})
+    changed = make_config(
+        tmp_path / "run", run={"resume": True, "eval_every": 1}, optimization={"micro_batch_tokens": 40}
+    )
     assert make_trainer(changed, make_actor=never_called).step == STEPS
 
 

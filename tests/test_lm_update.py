@@ -4,7 +4,9 @@ import dataclasses
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from accelerate import Accelerator
 from tiny import tiny_model
 
 from rlhf.algorithm import AlgorithmConfig
+from rlhf.lm import logprobs
 from rlhf.lm.config import OptimizationConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.experience import Experience, Sequences, build_experience, predict
 from rlhf.lm.models import Roles, assemble_roles
-from rlhf.lm.update import Learner, optimizer_step, surrogate_objective, update
+from rlhf.lm.update import Learner, my_micro_batches, optimizer_step, surrogate_objective, update
 from rlhf.reduce import count
 
 ALGORITHMS = {
@@ -26,7 +29,7 @@ ALGORITHMS = {
 }
 
 
-def config_for(algorithm: AlgorithmConfig, micro_batch_size: int = 64) -> TrainerConfig:
+def config_for(algorithm: AlgorithmConfig, micro_batch_tokens: int = 640) -> TrainerConfig:
     return TrainerConfig(
         sampling=SamplingConfig(max_new_tokens=6, temperature=0.8),
         algorithm=algorithm,
@@ -34,7 +37,7 @@ def config_for(algorithm: AlgorithmConfig, micro_batch_size: int = 64) -> Traine
             prompts_per_step=6,
             samples_per_prompt=2,
             minibatches=2,
-            micro_batch_size=micro_batch_size,
+            micro_batch_tokens=micro_batch_tokens,
             learning_rate=1e-2,
         ),
     )
@@ -65,7 +68,7 @@ def make_sequences() -> Sequences:
 def make_experience(roles: Roles, config: TrainerConfig) -> Experience:
     """Experience of a policy a little different from the actor, so that ratios are not 1 and some are clipped."""
     sequences = make_sequences()
-    found = predict(roles, sequences, temperature=0.8, batch_size=5, autocast=Accelerator().autocast)
+    found = predict(roles, sequences, temperature=0.8, micro_batch_tokens=50, autocast=Accelerator().autocast)
     generator = torch.Generator().manual_seed(4)
     noise = 0.2 * torch.randn(found.log_probs.shape, generator=generator, dtype=torch.float64)
     found = found._replace(log_probs=torch.where(sequences.action_mask, found.log_probs + noise, 0.0))
@@ -114,6 +117,56 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(name: str, sizes: 
         torch.testing.assert_close(split[key], gradient, rtol=0, atol=1e-10, msg=key)
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("kind", ["given", "packed"])
+def test_packed_and_padded_rows_give_the_same_gradient(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through every role's forward: the padded rows that a CPU chooses, one packed row, and the batch as it came."""
+    config = config_for(ALGORITHMS[name])
+    roles = make_roles(config.algorithm)
+    experience = make_experience(roles, config)
+    padded = accumulated(roles, experience, config, [torch.arange(12)])
+    monkeypatch.setattr(logprobs, "layout_for", lambda trunk: kind)
+    other_experience = make_experience(roles, config)
+    other = accumulated(roles, other_experience, config, list(torch.arange(12).split(5)))
+    torch.testing.assert_close(other_experience.advantages, experience.advantages, rtol=0, atol=1e-10)
+    for key, gradient in padded.items():
+        torch.testing.assert_close(other[key], gradient, rtol=0, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_an_optimizer_step_evenly(processes: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row is some process's, once; no process has more than one sequence more, or longer sequences."""
+    config = config_for(ALGORITHMS["grpo"], micro_batch_tokens=20)
+    roles = make_roles(config.algorithm)
+    experience = make_experience(roles, config)
+    monkeypatch.setattr(logprobs, "layout_for", lambda trunk: kind)
+    rows = torch.randperm(12, generator=torch.Generator().manual_seed(2))[:11]
+    lengths, shares = experience.sequences.lengths, []
+    for process in range(processes):
+        accelerator = SimpleNamespace(process_index=process, num_processes=processes, autocast=nullcontext)
+        parts = my_micro_batches(roles, experience, rows, config, accelerator)
+        costs = [lengths[p].sum() if kind == "packed" else len(p) * lengths[p].max() for p in parts]
+        assert max(costs) <= 20
+        shares.append(torch.cat(parts))
+    assert sorted(torch.cat(shares).tolist()) == sorted(rows.tolist())
+    tokens = [int(lengths[share].sum()) for share in shares]
+    assert max(tokens) - min(tokens) <= int(lengths.max())
+
+
+@pytest.mark.parametrize("tokens", [1, 23, 10_000])
+def test_predictions_stand_where_their_sequences_do(tokens: int) -> None:
+    roles = make_roles(ALGORITHMS["ppo"])
+    sequences = make_sequences()
+    found = predict(roles, sequences, temperature=0.8, micro_batch_tokens=tokens, autocast=nullcontext)
+    for row in range(12):
+        one = sequences[torch.tensor([row])]
+        alone = predict(roles, one, temperature=0.8, micro_batch_tokens=tokens, autocast=nullcontext)
+        for x, y in zip(found, alone, strict=True):
+            torch.testing.assert_close(x[row, : y.shape[1]], y[0], rtol=0, atol=1e-10)
+            assert x[row, y.shape[1] :].eq(0).all()
+
+
 def test_clipping_and_a_changed_policy_are_part_of_the_split_test() -> None:
     config = config_for(ALGORITHMS["ppo"])
     roles = make_roles(config.algorithm)
@@ -151,10 +204,10 @@ def test_garbage_in_padding_changes_nothing(name: str) -> None:
         assert torch.equal(dirty[key], gradient), key
 
 
-def run_update(algorithm: AlgorithmConfig, micro_batch_size: int) -> dict[str, torch.Tensor | float]:
+def run_update(algorithm: AlgorithmConfig, micro_batch_tokens: int) -> dict[str, torch.Tensor | float]:
     """A whole update on the fixed experience: metrics, last gradients and weights after it. Any number of processes."""
     accelerator = Accelerator()
-    config = config_for(algorithm, micro_batch_size)
+    config = config_for(algorithm, micro_batch_tokens)
     roles = make_roles(algorithm)
     experience = make_experience(roles, config)
     groups = roles.parameter_groups()
@@ -187,14 +240,14 @@ def optimizer_step_gradients(learner: Learner, experience: Experience, config: T
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_two_processes_update_as_one(name: str, tmp_path: Path) -> None:
     """Loss, gradient and weights of two processes equal those of one, given the same experience, to 1e-10."""
-    alone = run_update(ALGORITHMS[name], micro_batch_size=5)
+    alone = run_update(ALGORITHMS[name], micro_batch_tokens=50)
     script = """
 import sys
 import torch
 from accelerate import Accelerator
 sys.path.insert(0, sys.argv[1])
 import test_lm_update as tests
-result = tests.run_update(tests.ALGORITHMS[sys.argv[2]], micro_batch_size=3)
+result = tests.run_update(tests.ALGORITHMS[sys.argv[2]], micro_batch_tokens=24)
 assert Accelerator().num_processes == 2
 torch.save(result, f"{sys.argv[3]}/{Accelerator().process_index}.pt")
 Accelerator().end_training()

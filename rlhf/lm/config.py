@@ -65,8 +65,9 @@ class OptimizationConfig:
     """Passes over each round's completions."""
     minibatches: int = 2
     """Optimizer steps per pass."""
-    micro_batch_size: int = 64
-    """Sequences per forward, and backward, on each process: bounds memory, changes no gradient."""
+    micro_batch_tokens: int | None = None
+    """Tokens (prompt, completion and padding) per forward and backward on each process, but at least one sequence:
+    bounds memory, changes no gradient. None: 1,024 on a CPU, 8,192 on a GPU."""
     learning_rate: float = 1e-6
     """Peak learning rate (AdamW)."""
     critic_learning_rate: float | None = None
@@ -85,8 +86,10 @@ class OptimizationConfig:
     """Gradients are scaled down to this norm, actor and critic each on its own; > 0, inf for never."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "samples_per_prompt", "epochs", "minibatches", "micro_batch_size"):
+        for name in ("steps", "prompts_per_step", "samples_per_prompt", "epochs", "minibatches"):
             check_range(name, getattr(self, name), low=1)
+        if self.micro_batch_tokens is not None:
+            check_range("micro_batch_tokens", self.micro_batch_tokens, low=1)
         check_range("learning_rate", self.learning_rate, low=0, high_open=True)
         if self.critic_learning_rate is not None:
             check_range("critic_learning_rate", self.critic_learning_rate, low=0, high_open=True)

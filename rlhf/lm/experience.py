@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rlhf.algorithm import AlgorithmConfig, estimate_advantages
 from rlhf.kl import kl_estimate
-from rlhf.lm.logprobs import policy_output
+from rlhf.lm.batching import micro_batches
+from rlhf.lm.logprobs import packs, policy_output
 from rlhf.lm.models import Roles
 from rlhf.masking import fill_masked, masked_mean, masked_sum
 from rlhf.rewards import rewards_at_last_action
@@ -40,6 +41,11 @@ class Sequences:
 
     def __len__(self) -> int:
         return len(self.action_mask)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64: tokens of prompt and completion."""
+        return self.attention_mask.sum(-1)
 
     def to(self, device: torch.device) -> "Sequences":
         return Sequences(self.sequence_ids.to(device), self.attention_mask.to(device), self.action_mask.to(device))
@@ -92,12 +98,15 @@ class Experience:
 
 @torch.no_grad()
 def predict(
-    roles: Roles, sequences: Sequences, *, temperature: float, batch_size: int, autocast: Autocast
+    roles: Roles, sequences: Sequences, *, temperature: float, micro_batch_tokens: int | None, autocast: Autocast
 ) -> Predictions:
-    """One pass of each role over the sequences, `batch_size` at a time, which bounds memory."""
+    """One pass of each role over the sequences, some at a time: see `micro_batches`."""
     shape = sequences.action_mask.shape
     columns: list[list[Tensor]] = [[], [], [], []]
-    for rows in torch.arange(len(sequences), device=sequences.action_mask.device).split(batch_size):
+    with autocast():
+        packed = packs(roles.actor)
+    parts = micro_batches(sequences.lengths, tokens=micro_batch_tokens, packed=packed)
+    for rows in parts:
         part = sequences[rows]
         args = (part.sequence_ids, part.attention_mask, part.action_mask)
         with autocast():
@@ -112,7 +121,8 @@ def predict(
         for column, x in zip(columns, found, strict=True):
             if x is not None:
                 column.append(torch.nn.functional.pad(x, (0, shape[1] - x.shape[1])))
-    log_probs, entropy, ref_log_probs, values = (torch.cat(column) if column else None for column in columns)
+    place = torch.cat(parts).argsort()
+    log_probs, entropy, ref_log_probs, values = (torch.cat(column)[place] if column else None for column in columns)
     assert log_probs is not None
     assert entropy is not None
     return Predictions(log_probs, entropy, ref_log_probs, values)

@@ -19,7 +19,7 @@ from transformers import (
 
 from rlhf.algorithm import CriticKind
 from rlhf.checks import InputError, brief
-from rlhf.lm.logprobs import position_ids
+from rlhf.lm.logprobs import action_states, at_actions, trunk_of, widen
 
 
 class Critic(nn.Module):
@@ -47,7 +47,7 @@ class Critic(nn.Module):
                 "own: use critic='shared', or critic='none' with advantage='group'"
             ) from error
         trunk.base_model.load_state_dict(actor.base_model.state_dict())
-        classifier = trunk.score if hasattr(trunk, "score") else trunk.classifier
+        classifier = _classifier(trunk)
         nn.init.zeros_(classifier.weight)
         if classifier.bias is not None:
             nn.init.zeros_(classifier.bias)
@@ -69,13 +69,11 @@ class Critic(nn.Module):
         if self.trunk is None:
             assert self.head is not None
             assert actor_hidden is not None
-            values = self.head(actor_hidden).squeeze(-1)
+            values = self.head(actor_hidden[action_mask])
         else:
-            length = action_mask.shape[-1]
-            values = self.trunk(
-                input_ids=sequence_ids, attention_mask=attention_mask.long(), position_ids=position_ids(attention_mask)
-            ).logits[:, -length - 1 : -1, 0]
-        return torch.where(action_mask, values.to(torch.promote_types(values.dtype, torch.float32)), 0.0)
+            hidden = action_states(trunk_of(self.trunk), sequence_ids, attention_mask, action_mask)
+            values = _classifier(self.trunk)(hidden)
+        return at_actions(widen(values.squeeze(-1)), action_mask)
 
     def save_pretrained(self, folder: Path) -> None:
         """A transformers token classifier, or `value_head.safetensors` (weight [1, H], bias [1])."""
@@ -84,6 +82,13 @@ class Critic(nn.Module):
         elif self.head is not None:
             folder.mkdir(parents=True, exist_ok=True)
             save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / "value_head.safetensors")
+
+
+def _classifier(trunk: PreTrainedModel) -> nn.Linear:
+    """A token classifier's head."""
+    head = trunk.score if hasattr(trunk, "score") else trunk.classifier
+    assert isinstance(head, nn.Linear)
+    return head
 
 
 @dataclass

@@ -139,7 +139,7 @@ def collect(
         roles,
         local,
         temperature=sampler.sampling.temperature,
-        batch_size=optimization.micro_batch_size,
+        micro_batch_tokens=optimization.micro_batch_tokens,
         autocast=accelerator.autocast,
     )
     sampled = batch.sampler_log_probs[mine, : local.action_mask.shape[1]]

@@ -1,8 +1,8 @@
 """One round's update: epochs of minibatches, each one optimizer step, split into micro-batches and over processes.
 
-Every process holds the whole round's Experience. An optimizer step takes a minibatch of it; each process takes every
-n-th sequence; the denominators are counted over the minibatch before the first backward; gradients are summed. So the
-step is the same however many processes and micro-batches share it.
+Every process holds the whole round's Experience. An optimizer step takes a minibatch of it; each process takes its
+share of the sequences; the denominators are counted over the minibatch before the first backward; gradients are summed.
+So the step is the same however many processes and micro-batches share it.
 """
 
 from collections import defaultdict
@@ -17,9 +17,10 @@ from rlhf import losses
 from rlhf.algorithm import AlgorithmConfig, kl_to_reference, policy_loss
 from rlhf.checks import InputError
 from rlhf.kl import kl_estimate
+from rlhf.lm.batching import micro_batches
 from rlhf.lm.config import TrainerConfig
 from rlhf.lm.experience import Experience
-from rlhf.lm.logprobs import policy_output
+from rlhf.lm.logprobs import packs, policy_output
 from rlhf.lm.models import Roles
 from rlhf.masking import masked_sum
 from rlhf.reduce import count, reduce
@@ -80,8 +81,7 @@ def optimizer_step(
     mask = experience.sequences.action_mask[rows]
     denominator = count(mask, how=algorithm.reduction) + algorithm.numbers.count_epsilon
     sums: dict[str, Tensor] = {}
-    mine = rows[accelerator.process_index :: accelerator.num_processes]
-    for part in mine.split(config.optimization.micro_batch_size) if len(mine) else ():
+    for part in my_micro_batches(learner.roles, experience, rows, config, accelerator):
         with accelerator.autocast():
             loss, terms = surrogate_objective(learner.roles, experience[part], config, denominator)
         accelerator.backward(loss)
@@ -100,6 +100,18 @@ def optimizer_step(
     metrics["tokens"] = float(mask.sum())
     metrics |= {f"grad_norm/{role}": float(norm) for role, norm in zip(("actor", "critic"), norms, strict=False)}
     return metrics
+
+
+def my_micro_batches(
+    roles: Roles, experience: Experience, rows: Tensor, config: TrainerConfig, accelerator: Accelerator
+) -> list[Tensor]:
+    """This process's share of the rows, every n-th by length so that all have the same to do, cut by a token budget."""
+    lengths = experience.sequences.lengths[rows]
+    share = lengths.argsort(descending=True, stable=True)[accelerator.process_index :: accelerator.num_processes]
+    with accelerator.autocast():
+        packed = packs(roles.actor)
+    parts = micro_batches(lengths[share], tokens=config.optimization.micro_batch_tokens, packed=packed)
+    return [rows[share[part]] for part in parts]
 
 
 def surrogate_objective(
