@@ -1,0 +1,106 @@
+"""Drawing tokens: temperature, truncation, and inversion of the cumulative distribution.
+
+Each token takes one uniform number, so that a request's randomness is a short vector that follows it wherever it is
+batched. Sums over the vocabulary are float64, in blocks: 150,000 float32 terms cost one pass, and the error of the
+cumulative distribution stays near that of the float32 probabilities themselves.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.lm.generation.protocol import Truncation
+from rlhf.lm.logprobs import widen
+
+BLOCK = 128  # tokens summed at once; vocabularies are mostly padded to multiples of it
+CANDIDATES = 512  # most likely tokens looked at before the whole vocabulary is sorted for top-p
+
+
+class Choice(NamedTuple):
+    """One token for each of n rows."""
+
+    tokens: Tensor  # [n] int64
+    sampler_log_probs: Tensor  # [n] float32, nats: over what truncation left
+    untruncated_log_probs: Tensor  # [n] float32, nats; the same tensor without truncation
+
+
+def draw_uniforms(seeds: Tensor, count: int) -> Tensor:
+    """[B, count] float64 in [0, 1): row b a function of seeds[b] alone."""
+    generator = torch.Generator()
+    uniforms = torch.empty(len(seeds), count, dtype=torch.float64)
+    for row, seed in zip(uniforms, seeds.tolist(), strict=True):
+        torch.rand(count, dtype=torch.float64, generator=generator.manual_seed(seed), out=row)
+    return uniforms
+
+
+def choose(logits: Tensor, uniforms: Tensor | None, *, temperature: float, truncation: Truncation) -> Choice:
+    """One token per row.
+
+    Args:
+        logits: [n, V] float.
+        uniforms: [n] float64 in [0, 1); None takes the most likely token.
+        temperature: > 0. truncation: see `Truncation`.
+    """
+    logits = widen(logits)
+    probs = (logits if temperature == 1 else logits / temperature).softmax(-1)
+    if truncation.is_off:
+        tokens = logits.argmax(-1) if uniforms is None else invert(probs, uniforms)
+        log_probs = probs.gather(-1, tokens[:, None]).log().squeeze(-1).float()
+        return Choice(tokens, log_probs, log_probs)
+    kept = probs.masked_fill(probs < lowest_kept(probs, truncation), 0.0)
+    tokens = logits.argmax(-1) if uniforms is None else invert(kept, uniforms)
+    chosen = probs.gather(-1, tokens[:, None])
+    truncated = chosen / kept.sum(-1, keepdim=True)
+    return Choice(tokens, truncated.log().squeeze(-1).float(), chosen.log().squeeze(-1).float())
+
+
+def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token at which the cumulative weight exceeds that share of the total. [n, V] >= 0, [n] -> [n] int64.
+
+    Never a token of weight 0, whatever the rounding.
+    """
+    if weights.shape[-1] < 16 * BLOCK:
+        return _first_above(weights.double().cumsum(-1), uniforms[:, None], relative=True).squeeze(-1)
+    if weights.shape[-1] % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % BLOCK))
+    blocks = weights.unflatten(-1, (-1, BLOCK))
+    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    block = _first_above(cumulative, uniforms[:, None], relative=True)
+    before = torch.where(block > 0, cumulative.gather(-1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
+    place = _first_above(inside, uniforms[:, None] * cumulative[:, -1:] - before, relative=False)
+    return (block * BLOCK + place).squeeze(-1)
+
+
+def _first_above(cumulative: Tensor, targets: Tensor, *, relative: bool) -> Tensor:
+    """[n, 1] first index whose cumulative weight exceeds the target, below the total by at least one rounding."""
+    total = cumulative[:, -1:]
+    targets = targets * total if relative else targets
+    below = torch.nextafter(total, torch.zeros_like(total))
+    return torch.searchsorted(cumulative, torch.minimum(targets, below), right=True)
+
+
+def lowest_kept(probs: Tensor, truncation: Truncation) -> Tensor:
+    """[n, 1] the least probability that truncation keeps; probs: [n, V]."""
+    vocabulary = probs.shape[-1]
+    top_k = truncation.top_k if 0 < truncation.top_k < vocabulary else vocabulary
+    if truncation.top_p < 1 and not (probs.is_cuda and torch.cuda.is_current_stream_capturing()):
+        count = min(top_k, CANDIDATES)
+    else:
+        count = top_k
+    if truncation.top_p == 1 and top_k == vocabulary:
+        return truncation.min_p * probs.amax(-1, keepdim=True)
+    ranked = probs.topk(count, dim=-1).values
+    lowest = ranked[:, -1:] if count == top_k and top_k < vocabulary else torch.zeros_like(ranked[:, -1:])
+    if truncation.top_p < 1:
+        # Of all that top-k keeps, ties at its end included.
+        total = torch.where(probs >= lowest, probs, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
+        cumulative = ranked.cumsum(-1, dtype=torch.float64)
+        needed = truncation.top_p * total
+        if count < top_k and bool((cumulative[:, -1:] < needed).any()):
+            ranked = probs.topk(top_k, dim=-1).values
+            cumulative = ranked.cumsum(-1, dtype=torch.float64)
+        last = (cumulative < needed).sum(-1, keepdim=True).clamp(max=ranked.shape[-1] - 1)
+        lowest = torch.maximum(lowest, ranked.gather(-1, last))
+    return torch.maximum(lowest, truncation.min_p * ranked[:, :1])
