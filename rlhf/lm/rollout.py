@@ -53,7 +53,7 @@ class Rollout:
     scores: Scores
     group_ids: Tensor  # [B] int64
     is_finished: Tensor  # [B] bool
-    log_prob_gap: float  # largest |sampler's - recomputed| log-prob, nats
+    log_prob_gap: tuple[float, float]  # |the sampler's untruncated - recomputed| log-prob, nats: mean and max
     texts: list[tuple[Row, str, float]]  # (row, completion, score) of the local sequences
 
 
@@ -69,7 +69,7 @@ class Sampler:
     def complete(
         self, prompts: PromptSet, indices: Sequence[int], *, width: int, seeds: Tensor | None
     ) -> tuple[Sequences, Tensor, Tensor, list[str]]:
-        """Sequences, sampler's log-probs [b, T], is_finished [b] and texts for prompts[indices], padded to `width`."""
+        """Sequences, sampler's untruncated log-probs [b, T], is_finished [b] and texts for prompts[indices], padded to `width`."""
         ids, mask = pad_left(
             [prompts.token_ids[i] for i in indices],
             width=width,
@@ -82,6 +82,7 @@ class Sampler:
             max_new_tokens=self.sampling.max_new_tokens,
             temperature=self.sampling.temperature,
             seeds=seeds,
+            truncation=self.sampling.truncation,
         )
         sequences = Sequences(
             torch.cat([ids, completions.token_ids], -1),
@@ -90,7 +91,7 @@ class Sampler:
         )
         rows = zip(completions.token_ids.tolist(), completions.action_mask.sum(-1).tolist(), strict=True)
         texts = [str(self.tokenizer.decode(ids[:length], skip_special_tokens=True)) for ids, length in rows]
-        return sequences, completions.sampler_log_probs, completions.is_finished, texts
+        return sequences, completions.untruncated_log_probs, completions.is_finished, texts
 
 
 def collect(
@@ -139,7 +140,9 @@ def collect(
         batch_size=scoring_batch_size,
         autocast=accelerator.autocast,
     )
-    gap = (predictions.log_probs - sampler_log_probs).abs().max()
+    gap = (predictions.log_probs - sampler_log_probs).abs().float()
+    count = sequences.action_mask.sum().float()
+    gaps = accelerator.gather(torch.stack([gap.sum(), count, gap.max()])[None])
     device = accelerator.device
     group_ids = torch.arange(prompts_per_step, device=device).repeat_interleave(samples_per_prompt)
     return Rollout(
@@ -151,7 +154,7 @@ def collect(
         ),
         group_ids=group_ids,
         is_finished=accelerator.gather(is_finished),
-        log_prob_gap=float(accelerator.gather(gap.float().reshape(1)).max()),
+        log_prob_gap=(float(gaps[:, 0].sum() / gaps[:, 1].sum()), float(gaps[:, 2].max())),
         texts=list(zip(rows, texts, scores.total.tolist(), strict=True)),
     )
 

@@ -97,7 +97,7 @@ class SlotAttention:
 
     def attend(
         self,
-        module: nn.Module,
+        layer: int,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -106,8 +106,6 @@ class SlotAttention:
         softcap: float | None,
     ) -> Tensor:
         """[B, heads, L, head_dim] queries, [B, kv_heads, L, head_dim] keys and values -> [B, L, heads, value_dim]."""
-        layer = module.layer_idx
-        assert isinstance(layer, int)
         if layer == len(self.keys):
             self._add_layer(LayerShape(key.shape[1], key.shape[3], value.shape[3], key.dtype))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -219,12 +217,13 @@ def _slot_attention(
             f"the slot engine's attention is causal and takes no other mask, {type(module).__name__} asks for one: "
             f"{REMEDY}"
         )
-    if not isinstance(getattr(module, "layer_idx", None), int) or module.layer_idx > len(_active.keys):
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int) or layer > len(_active.keys):
         raise InputError(f"the slot engine cannot tell the layers of {type(module).__name__} apart: {REMEDY}")
     if torch.is_autocast_enabled(query.device.type):  # as in transformers' own; rotary embeddings widen the keys
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    return _active.attend(module, query, key, value, scaling, sliding_window, softcap), None
+    return _active.attend(layer, query, key, value, scaling, sliding_window, softcap), None
 
 
 AttentionInterface.register(NAME, _slot_attention)

@@ -6,6 +6,7 @@ moved, or another adapter is active, it is captured anew.
 """
 
 from collections.abc import Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class DecodeGraphs:
         self._step = torch.compile(decode_step, dynamic=False) if compile_step else decode_step
         self._is_compiled = compile_step
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
         self._model_state: Hashable = None
 
     def begin(self, model: nn.Module, work: Workspace) -> None:
@@ -92,9 +93,9 @@ def _rounded(count: int, step: int) -> int:
 
 def _addresses(model: nn.Module) -> Hashable:
     """Changes when weights move or adapters are switched."""
-    adapters = [(module.disable_adapters, *module.active_adapters) for module in model.modules() if _is_adapted(module)]
+    adapters = [
+        f"{module.disable_adapters} {module.active_adapters}"
+        for module in model.modules()
+        if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters")
+    ]
     return tuple(p.data_ptr() for p in model.parameters()), tuple(adapters)
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    return hasattr(module, "disable_adapters") and hasattr(module, "active_adapters") and hasattr(module, "base_layer")

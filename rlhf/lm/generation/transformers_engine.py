@@ -70,7 +70,10 @@ class TransformersEngine:
         for rows in torch.arange(len(prompt_ids), device=device).split(self.batch_size):
             self._decode(_Running(rows, prompt_ids[rows], prompt_mask[rows]), limits, draw, out)
         length = int(out.action_mask.sum(-1).max())
-        return Completions(*(x[:, :length] for x in out[:-1]), out.is_finished)
+        ids, log_probs, untruncated, mask, is_finished = out
+        return Completions(
+            ids[:, :length], log_probs[:, :length], untruncated[:, :length], mask[:, :length], is_finished
+        )
 
     def _decode(
         self, running: "_Running", limits: Tensor, draw: Callable[[Tensor, int, Tensor], Choice], out: Completions
