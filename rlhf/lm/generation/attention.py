@@ -89,6 +89,14 @@ class SlotAttention:
         """Indices and masks of the last forward."""
         self._rows, self._masks = {}, {}
 
+    def grow(self, columns: int) -> None:
+        """More columns for every slot. A row with few unused ones streams through a CPU twice as fast as a long one."""
+        for caches in (self.keys, self.values):
+            for layer, old in enumerate(caches):
+                caches[layer] = old.new_zeros(*old.shape[:2], columns, old.shape[3])
+                caches[layer][:, :, : self.columns] = old
+        self.columns = columns
+
     def copy(self, sources: Tensor, targets: Tensor, used: int) -> None:
         """The first `used` columns of one slot to another, for all layers; the two sets of slots are disjoint."""
         for cache in (*self.keys, *self.values):
@@ -186,10 +194,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: f
     if not is_plain:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     batch, heads = query.shape[:2]
-    scores = torch.bmm((query * scale).flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).unflatten(0, (batch, heads))
+    # Keys first: with few queries, MKL then reads the keys once, in order.
+    scores = torch.bmm(key.flatten(0, 1), (query * scale).flatten(0, 1).transpose(1, 2))
+    scores = scores.transpose(1, 2).unflatten(0, (batch, heads))
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = scores.add_(mask).softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    weights = (scores + mask).softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     return torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).unflatten(0, (batch, heads))
 
 

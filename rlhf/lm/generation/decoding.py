@@ -25,7 +25,6 @@ class Workspace:
     def __init__(self, slots: int, columns: int, results: int, shapes: list[LayerShape], device: torch.device) -> None:
         self.slots, self.results, self._layer_shapes = slots, results, shapes
         self.attention = SlotAttention(slots, columns, shapes, device)
-        self.cache_bytes = slots * columns * sum(shape.bytes_per_token for shape in shapes)
         # Row 0: the token that goes in next; row 1: its column; row 2: where its successor goes among the results.
         self.state = torch.zeros(3, slots, dtype=torch.int64, device=device)
         self.advance = torch.zeros(slots, dtype=torch.int64, device=device)  # 1 for running slots, 0 for dead ones
@@ -33,6 +32,10 @@ class Workspace:
         self.log_probs = torch.zeros(results + 1, device=device)
         self.untruncated_log_probs = torch.zeros(results + 1, device=device)
         self.uniforms = torch.zeros(results + 1, dtype=torch.float64, device=device)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.slots * self.attention.columns * sum(shape.bytes_per_token for shape in self._layer_shapes)
 
     def fits(self, slots: int, columns: int, results: int, shapes: list[LayerShape]) -> bool:
         needed, held = slots * columns, self.slots * self.attention.columns

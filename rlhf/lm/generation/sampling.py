@@ -83,24 +83,24 @@ def _first_above(cumulative: Tensor, targets: Tensor, *, relative: bool) -> Tens
 
 def lowest_kept(probs: Tensor, truncation: Truncation) -> Tensor:
     """[n, 1] the least probability that truncation keeps; probs: [n, V]."""
-    vocabulary = probs.shape[-1]
-    top_k = truncation.top_k if 0 < truncation.top_k < vocabulary else vocabulary
-    if truncation.top_p < 1 and not (probs.is_cuda and torch.cuda.is_current_stream_capturing()):
-        count = min(top_k, CANDIDATES)
-    else:
-        count = top_k
-    if truncation.top_p == 1 and top_k == vocabulary:
-        return truncation.min_p * probs.amax(-1, keepdim=True)
-    ranked = probs.topk(count, dim=-1).values
-    lowest = ranked[:, -1:] if count == top_k and top_k < vocabulary else torch.zeros_like(ranked[:, -1:])
+    lowest = truncation.min_p * probs.amax(-1, keepdim=True)
+    if 0 < truncation.top_k < probs.shape[-1]:
+        last = probs.topk(truncation.top_k, dim=-1).values[:, -1:]
+        lowest = torch.maximum(lowest, last)
+        probs = torch.where(probs >= last, probs, 0.0)
     if truncation.top_p < 1:
-        # Of all that top-k keeps, ties at its end included.
-        total = torch.where(probs >= lowest, probs, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
+        lowest = torch.maximum(lowest, _last_of_mass(probs, truncation.top_p))
+    return lowest
+
+
+def _last_of_mass(weights: Tensor, share: float) -> Tensor:
+    """[n, 1] the least of the fewest largest weights that make up this share of the total."""
+    needed = share * weights.sum(-1, keepdim=True, dtype=torch.float64)
+    capturing = weights.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph cannot look at the numbers
+    for count in (CANDIDATES, weights.shape[-1])[capturing:]:
+        ranked = weights.topk(min(count, weights.shape[-1]), dim=-1).values
         cumulative = ranked.cumsum(-1, dtype=torch.float64)
-        needed = truncation.top_p * total
-        if count < top_k and bool((cumulative[:, -1:] < needed).any()):
-            ranked = probs.topk(top_k, dim=-1).values
-            cumulative = ranked.cumsum(-1, dtype=torch.float64)
-        last = (cumulative < needed).sum(-1, keepdim=True).clamp(max=ranked.shape[-1] - 1)
-        lowest = torch.maximum(lowest, ranked.gather(-1, last))
-    return torch.maximum(lowest, truncation.min_p * ranked[:, :1])
+        if capturing or bool((cumulative[:, -1:] >= needed).all()):
+            break
+    last = (cumulative < needed).sum(-1, keepdim=True).clamp(max=ranked.shape[-1] - 1)
+    return ranked.gather(-1, last)

@@ -138,12 +138,14 @@ class SlotEngine:
     ) -> Workspace | None:
         """The one kept, where it is large enough and not four times too large, or a new one; None: no memory."""
         results = len(requests.limits) * max(requests.limits)
+        columns = requests.columns
+        if device.type != "cuda":  # grows as sequences do
+            columns = min(columns, max(map(len, requests.prompts)) + 32)
         kept = self._workspace
-        if kept is None or not kept.fits(slots, requests.columns, results, shapes):
+        if kept is None or not kept.fits(slots, columns, results, shapes):
             self.release()
-            kept = None
             try:
-                self._workspace = Workspace(slots, requests.columns, results, shapes, device)
+                self._workspace = Workspace(slots, columns, results, shapes, device)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -229,6 +231,9 @@ class _Run:
         schedule = self.schedule
         self._admit(schedule.admit())
         while schedule.running:
+            if schedule.longest >= self.work.attention.columns:
+                wanted = min(self.requests.columns, schedule.longest * 5 // 4 + 1)
+                self.work.attention.grow(wanted)
             tokens = self._step(schedule.running, schedule.longest + 1)
             ended = schedule.advance(tokens, self.eos)
             if ended:
