@@ -11,9 +11,9 @@ with median max_new_tokens / 8 and sigma 1, cut off at max_new_tokens, as answer
 ones, most much shorter); an engine learns of the end when it is there, as with an end-of-sequence token.
 
 Engines: slots and transformers are ours; generate (dynamic cache) and generate-static are model.generate;
-generate_batch is transformers' continuous batching (an hour of waiting on a CPU, so only when asked for); vllm where it is installed.
-Prompts have between a quarter of prompt_tokens and all of them, or --no-ragged all of them; --group g asks g completions
-of each.
+generate_batch, transformers' continuous batching, takes a minute to start on a CPU and is measured only when asked for;
+vllm where it is installed. Prompts have between a quarter of prompt_tokens and all of them, with --no-ragged all of
+them; --group g asks g completions of each.
 """
 
 import gc
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import psutil
 import torch
@@ -131,7 +131,7 @@ class AtLimit(StoppingCriteria):
 def theirs(model: PreTrainedModel, cache: str) -> Generate:
     def generate(work: Work) -> int:
         longest = int(work.limits.max())
-        found = model.generate(
+        found = cast(Any, model).generate(
             work.ids, attention_mask=work.mask.long(), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
             max_new_tokens=longest, pad_token_id=0, stopping_criteria=StoppingCriteriaList([AtLimit(work)]),
             cache_implementation=cache, disable_compile=model.device.type == "cpu",
@@ -153,7 +153,7 @@ def their_batches(model: PreTrainedModel) -> Generate:
             max_new_tokens=int(work.limits.max()), do_sample=True, top_k=0, temperature=1.0, eos_token_id=-1,
             pad_token_id=0,
         )  # fmt: skip
-        found = model.generate_batch(inputs=work.prompts, generation_config=config, progress_bar=False)
+        found = cast(Any, model).generate_batch(inputs=work.prompts, generation_config=config, progress_bar=False)
         return sum(len(output.generated_tokens) for output in found.values())
 
     return generate

@@ -69,7 +69,7 @@ class Sampler:
     def complete(
         self, prompts: PromptSet, indices: Sequence[int], *, width: int, seeds: Tensor | None
     ) -> tuple[Sequences, Tensor, Tensor, list[str]]:
-        """Sequences, the sampler's untruncated log-probs [b, T], is_finished [b] and texts; prompts padded to `width`."""
+        """Sequences, untruncated log-probs of the sampler [b, T], is_finished [b], texts; prompts padded to `width`."""
         ids, mask = pad_left(
             [prompts.token_ids[i] for i in indices],
             width=width,

@@ -31,7 +31,7 @@ class SlotEngine:
 
     Args:
         model: a causal language model that takes its attention from transformers' AttentionInterface; an adapter's
-            wrapper is one too.
+            wrapper is one too. A few tokens are run at once, to see that it does.
         eos_token_ids: tokens that end a completion.
         pad_token_id: fills finished rows.
         max_slots: sequences decoded at once, at most; fewer where memory is short. Changes no completion.
@@ -40,6 +40,8 @@ class SlotEngine:
         compile_step: on CUDA, compile the step before capturing it: tens of seconds that long runs earn back.
         keep_cache: hold the cache, and the graphs that point into it, between calls. None: on CUDA, while half of the
             device's memory is free beside it.
+    Raises:
+        InputError: the model's attention cannot be replaced.
     """
 
     def __init__(
@@ -66,6 +68,8 @@ class SlotEngine:
         self._shapes: dict[Any, list[LayerShape]] = {}
         self._workspace: Workspace | None = None
         self._graphs: DecodeGraphs | None = None
+        with self.autocast():
+            self._layer_shapes(model.device)
 
     def generate(
         self,
@@ -80,8 +84,7 @@ class SlotEngine:
         """See `Engine.generate`.
 
         Raises:
-            InputError: a prompt is empty or too long for the model, the model's attention cannot be replaced, or not
-                even one sequence fits into memory.
+            InputError: a prompt is empty or too long for the model, or not even one sequence fits into memory.
         """
         requests = Requests.of(prompt_ids, prompt_mask, max_new_tokens)
         self._check_length(requests)
@@ -90,11 +93,11 @@ class SlotEngine:
         device = prompt_ids.device
         # inference_mode: no version counters and no views' bookkeeping, a fifth of a small model's forward
         with torch.inference_mode(), self.autocast():
-            shapes = self._layer_shapes(requests, device)
+            shapes = self._layer_shapes(device)
             slots = plan_slots(
                 shapes,
                 columns=requests.columns,
-                vocabulary=self.model.config.get_text_config(decoder=True).vocab_size,
+                vocabulary=self._vocabulary,
                 at_most=min(self.max_slots, len(requests.limits)),
                 free=free_bytes(device) + self._held_bytes(),
             )
@@ -154,14 +157,17 @@ class SlotEngine:
                 self._graphs = DecodeGraphs(self._compile_step)
         return self._workspace
 
-    def _layer_shapes(self, requests: Requests, device: torch.device) -> list[LayerShape]:
-        """Found by running a few tokens, once for each precision."""
+    def _layer_shapes(self, device: torch.device) -> list[LayerShape]:
+        """Found by running a few tokens, any, once for each precision."""
         key = (self.model.dtype, torch.is_autocast_enabled(device.type), device)
         if key not in self._shapes:
-            ids = max(requests.prompts, key=len)[:16]
-            ids = ids if len(ids) > 1 else ids * 2
-            self._shapes[key] = probe(self.model, torch.tensor([ids], device=device))
+            ids = torch.arange(8, device=device) % self._vocabulary
+            self._shapes[key] = probe(self.model, ids[None])
         return self._shapes[key]
+
+    @property
+    def _vocabulary(self) -> int:
+        return self.model.config.get_text_config(decoder=True).vocab_size
 
     def _check_length(self, requests: Requests) -> None:
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
