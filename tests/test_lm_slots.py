@@ -5,6 +5,7 @@ What it shares with the plain engine (the trainer's log-probs, ends, frequencies
 
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from transformers import (
 from rlhf.checks import InputError
 from rlhf.lm.generation import Completions, SlotEngine, TransformersEngine, Truncation, slots
 from rlhf.lm.generation.attention import SlotAttention
+from rlhf.lm.generation.graphs import DecodeGraphs
 from rlhf.lm.generation.memory import plan_slots
 from rlhf.lm.generation.sampling import choose, invert
 from rlhf.lm.generation.schedule import Requests, Schedule
@@ -75,6 +77,27 @@ def test_greedy_is_transformers_own(architecture: str, max_slots: int) -> None:
     lengths = found.action_mask.sum(-1)
     assert found.is_finished.any()
     assert len(set(lengths.tolist())) > 1, "some must end early"
+
+
+def test_greedy_is_transformers_own_when_the_cache_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns: list[int] = []
+    original = SlotAttention.grow
+
+    def spy(self: SlotAttention, to: int) -> None:
+        columns.append(to)
+        original(self, to)
+
+    monkeypatch.setattr(SlotAttention, "grow", spy)
+    model, prompts = tiny_model(architecture="qwen2", max_position_embeddings=256), ["1+2=", "7", "12+34=", "9+9="]
+    found = complete(model, prompts, max_new_tokens=150, eos=set())
+    ids, mask = padded_prompts(prompts)
+    theirs = model.generate(
+        ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=150, eos_token_id=None, pad_token_id=PAD
+    )
+    assert found.token_ids.tolist() == theirs[:, ids.shape[1] :].tolist()
+    assert len(set(found.token_ids[0].tolist())) > 3
+    assert len(columns) > 2
+    assert columns[-1] == ids.shape[1] + 150
 
 
 def test_greedy_is_transformers_own_on_a_pretrained_model() -> None:
@@ -539,3 +562,33 @@ def test_both_engines_draw_the_same_tokens() -> None:
         assert found.is_finished.tolist() == expected.is_finished.tolist()
         for mine, other in zip(found[1:3], expected[1:3], strict=True):
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
+
+
+def test_steps_rounded_up_as_for_graphs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CUDA graphs replay, run as it is: slots past the running ones idle, columns past the used ones are hidden."""
+    captured: list[tuple[int, int]] = []
+
+    def capture(self: DecodeGraphs, model: Any, work: Any, sampler: Any, slots: int, columns: int) -> Any:
+        captured.append((slots, columns))
+        return SimpleNamespace(replay=lambda: self._step(model, work, sampler, slots, columns))
+
+    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+    model = tiny_model(architecture="gemma3", max_position_embeddings=400)
+    limits = torch.tensor([2, 140, 5, 1, 9, 3, 30, 12, 7, 4] * 2)
+    request: dict[str, Any] = {"max_new_tokens": limits, "temperature": 1.0, "seeds": seeded(20)}
+    engine = SlotEngine(model, eos_token_ids=set(), pad_token_id=PAD, max_slots=7, keep_cache=True)
+    expected = engine.generate(*padded_prompts(PROMPTS * 2), **request)
+    assert engine._workspace is not None
+    engine._workspace.attention.grow(300)  # as on a GPU, where it does not grow later
+    for _ in range(2):
+        engine._graphs = engine._graphs or DecodeGraphs(False)
+        found = engine.generate(*padded_prompts(PROMPTS * 2), **request)
+        assert found.token_ids.tolist() == expected.token_ids.tolist()
+        torch.testing.assert_close(found.untruncated_log_probs, expected.untruncated_log_probs, rtol=0, atol=1e-4)
+    assert len(captured) == len(set(captured)) > 3, "captured once for each shape, over both calls"
+    assert {columns for _, columns in captured} == {128, 256}
+    assert {slots for slots, _ in captured} <= {1, 2, 4, 7}
+    next(iter(model.parameters())).data = next(iter(model.parameters())).data.clone()
+    count = len(captured)
+    engine.generate(*padded_prompts(PROMPTS * 2), **request)
+    assert len(captured) == 2 * count, "captured anew for weights elsewhere"

@@ -190,7 +190,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: f
     Written out where scores are capped, and in float32 on CPUs, where a few queries per head are too few for the fused
     kernel's blocks (1.3 times slower for 2).
     """
-    is_plain = softcap is not None or (query.device.type == "cpu" and query.dtype == torch.float32)
+    is_plain = softcap is not None or query.device.type == "cpu"
     if not is_plain:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     batch, heads = query.shape[:2]

@@ -47,8 +47,9 @@ class DecodeGraphs:
         if self._is_compiled:
             slots, columns = work.slots, work.attention.columns
         else:
-            slots = min(_rounded(running, 32), work.slots)
-            columns = min(_rounded(used, 128), work.attention.columns)
+            up = 1 << (running - 1).bit_length() if running < 32 else -(-running // 32) * 32
+            slots = min(up, work.slots)
+            columns = min(-(-used // 128) * 128, work.attention.columns)
         key = (slots, columns, sampler.uniforms is None, sampler.temperature, sampler.truncation)
         if key not in self._graphs:
             self._graphs[key] = self._capture(model, work, sampler, slots, columns)
@@ -84,11 +85,6 @@ class DecodeGraphs:
                 self._step(model, work, sampler, slots, columns)
                 work.state.copy_(before)
         torch.cuda.current_stream().wait_stream(stream)
-
-
-def _rounded(count: int, step: int) -> int:
-    """Up to a power of two below `step`, to a multiple of it above."""
-    return 1 << (count - 1).bit_length() if count < step else -(-count // step) * step
 
 
 def _addresses(model: nn.Module) -> Hashable:
