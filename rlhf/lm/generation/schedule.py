@@ -96,10 +96,8 @@ class Schedule:
                 rest.append(request)
         taken = set(slots)
         self._free = [slot for slot in self._free if slot not in taken]
+        # No free slot holds a prompt of the rest, so that none of the holders found here is about to be overwritten.
         holder = dict(zip(self._holds, range(len(self._holds)), strict=True))
-        for slot in self._free[: len(rest)]:  # about to be overwritten, and wanted by nobody: see above
-            if holder.get(self._holds[slot]) == slot:
-                del holder[self._holds[slot]]
         wanted: dict[int, list[int]] = {}
         for request, slot in zip(rest, self._free, strict=False):
             wanted.setdefault(self.requests.prompt_of[request], []).append(slot)
