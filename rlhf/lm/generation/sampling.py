@@ -1,8 +1,8 @@
 """Drawing tokens: temperature, truncation, and inversion of the cumulative distribution.
 
 Each token takes one uniform number, so that a request's randomness is a short vector that follows it wherever it is
-batched. Sums over the vocabulary are float64, in blocks: 150,000 float32 terms cost one pass, and the error of the
-cumulative distribution stays near that of the float32 probabilities themselves.
+batched. Sums over a large vocabulary are made of blocks of 128 float32 terms, added up in float64: one pass, and the
+error of the cumulative distribution stays near that of the float32 probabilities themselves.
 """
 
 from typing import NamedTuple
@@ -65,7 +65,7 @@ def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     if weights.shape[-1] % BLOCK:
         weights = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % BLOCK))
     blocks = weights.unflatten(-1, (-1, BLOCK))
-    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    cumulative = blocks.sum(-1).double().cumsum(-1)
     block = _first_above(cumulative, uniforms[:, None], relative=True)
     before = torch.where(block > 0, cumulative.gather(-1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
