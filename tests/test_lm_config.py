@@ -34,6 +34,10 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "max_prompt_tokens": COUNT,
         "max_new_tokens": COUNT,
         "temperature": POSITIVE,
+        "top_k": ([0, 50], [-1, math.nan]),
+        "top_p": ([0.1, 1.0], [0.0, 1.0001, math.nan]),
+        "min_p": CLOSED_UNIT,
+        "engine": (["slots", "transformers"], ["vllm"]),
         "generation_batch_size": COUNT,
     },
     AlgorithmConfig: {

@@ -21,6 +21,7 @@ def batch(scores: list[float], *, prompt: int = 2, length: int = 3) -> Batch:
         torch.ones(rows, prompt + length, dtype=torch.bool),
         torch.ones(rows, length, dtype=torch.bool),
         total[:, None].repeat(1, length),
+        total[:, None].repeat(1, length),
         torch.ones(rows, dtype=torch.bool),
         total,
         total[:, None],
@@ -43,7 +44,7 @@ def test_joining_pads_prompts_on_the_left_and_completions_on_the_right() -> None
     joined = join([batch([1, 2], prompt=2, length=3), batch([3], prompt=4, length=1)])
     assert joined.attention_mask.int().tolist() == [[0, 0, 1, 1, 1, 1, 1]] * 2 + [[1, 1, 1, 1, 1, 0, 0]]
     assert joined.action_mask.int().tolist() == [[1, 1, 1]] * 2 + [[1, 0, 0]]
-    for rows in (joined.sequence_ids, joined.sampler_log_probs):
+    for rows in (joined.sequence_ids, joined.sampler_log_probs, joined.untruncated_log_probs):
         assert [row[row != 0].unique().tolist() for row in rows] == [[1], [2], [3]]
     assert joined.scores.tolist() == [1, 2, 3]
     assert len(joined.sequences) == 3
@@ -160,8 +161,8 @@ def test_truncated_completions_are_left_out_of_the_update(tmp_path: Path, monkey
     complete = Sampler.complete
 
     def cut_off(*args: Any, **options: Any) -> Any:
-        sequences, log_probs, is_finished, texts = complete(*args, **options)
-        return sequences, log_probs, torch.zeros_like(is_finished), texts
+        sequences, completions, texts = complete(*args, **options)
+        return sequences, completions._replace(is_finished=torch.zeros_like(completions.is_finished)), texts
 
     monkeypatch.setattr(Sampler, "complete", cut_off)
     for train_on_truncated in (True, False):

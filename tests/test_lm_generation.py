@@ -12,14 +12,33 @@ from tiny import ARCHITECTURES, padded_prompts, sequences_of, tiny_model, tokeni
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf.lm.generation import Completions, TransformersEngine
-from rlhf.lm.generation.transformers_engine import _invert
+from rlhf.lm.generation import Completions, Engine, SlotEngine, TransformersEngine
+from rlhf.lm.generation.attention import SlotAttention
+from rlhf.lm.generation.sampling import invert
 from rlhf.lm.logprobs import policy_output
 
 PROMPTS = ["1+2=", "12345+678=", "9", "77+8=", "0+0=0+0=0+", "3=", "41+1=", "5+5+5=", "999+1=", "2+"]
 PAD, EOS = tokenizer.pad_token_id, tokenizer.eos_token_id
 OFTEN = {EOS, 5, 9}  # ends a completion in three draws of fifteen, were they equally likely
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def plain(model: PreTrainedModel, eos: set[int] = OFTEN, at_once: int = 256) -> Engine:
+    return TransformersEngine(model, eos_token_ids=eos, pad_token_id=PAD, batch_size=at_once)
+
+
+def slots(model: PreTrainedModel, eos: set[int] = OFTEN, at_once: int = 256) -> Engine:
+    return SlotEngine(model, eos_token_ids=eos, pad_token_id=PAD, max_slots=at_once)
+
+
+@pytest.fixture(params=[plain, slots], ids=["plain", "slots"], autouse=True)
+def _engine(request: pytest.FixtureRequest) -> None:
+    """Every test below runs with either engine."""
+    global make
+    make = request.param
+
+
+make = slots
 
 
 def complete(
@@ -32,8 +51,7 @@ def complete(
     eos: set[int] = OFTEN,
     batch_size: int = 256,
 ) -> Completions:
-    engine = TransformersEngine(model, eos_token_ids=eos, pad_token_id=PAD, batch_size=batch_size)
-    return engine.generate(
+    return make(model, eos, batch_size).generate(
         *padded_prompts(prompts),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -54,15 +72,20 @@ def rows_of(found: Completions) -> list[list[int]]:
 
 @pytest.fixture
 def drops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many rows the cache kept each time the engine dropped the finished ones."""
+    """How many rows the cache kept, or moved, each time the engine dropped the finished ones."""
     kept: list[int] = []
-    original = DynamicCache.batch_select_indices
+    original, original_copy = DynamicCache.batch_select_indices, SlotAttention.copy
 
     def spy(self: DynamicCache, indices: Tensor) -> Any:
         kept.append(len(indices))
         return original(self, indices)
 
+    def spy_copy(self: SlotAttention, sources: Tensor, targets: Tensor, used: int) -> None:
+        kept.append(len(targets))
+        original_copy(self, sources, targets, used)
+
     monkeypatch.setattr(DynamicCache, "batch_select_indices", spy)
+    monkeypatch.setattr(SlotAttention, "copy", spy_copy)
     return kept
 
 
@@ -148,7 +171,7 @@ def test_frequencies_are_those_of_the_softmax(temperature: float) -> None:
 @pytest.mark.parametrize("uniform", [0.0, 0.29, 0.31, math.nextafter(1, 0)])
 def test_the_ends_of_the_unit_interval_are_tokens_too(uniform: float) -> None:
     log_probs = torch.tensor([[-math.inf, math.log(0.3), -math.inf, math.log(0.7), -math.inf]])
-    token = _invert(log_probs, torch.tensor([uniform], dtype=torch.float64))
+    token = invert(log_probs.exp(), torch.tensor([uniform], dtype=torch.float64))
     assert token.tolist() == [1 if uniform < 0.3 else 3]
 
 
@@ -179,7 +202,7 @@ def test_one_token_or_no_end_at_all(eos: set[int]) -> None:
 
 def test_types_are_those_of_the_protocol() -> None:
     found = complete(tiny_model(dtype=torch.bfloat16), PROMPTS, list(range(len(PROMPTS))))
-    assert [x.dtype for x in found] == [torch.int64, torch.float32, torch.bool, torch.bool]
+    assert [x.dtype for x in found] == [torch.int64, torch.float32, torch.float32, torch.bool, torch.bool]
     assert not found.sampler_log_probs.requires_grad
 
 
@@ -195,7 +218,7 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
 
 def test_the_engine_follows_the_optimizer_without_being_told() -> None:
     model = tiny_model()
-    engine = TransformersEngine(model, eos_token_ids=OFTEN, pad_token_id=PAD)
+    engine = make(model)
     request = {"max_new_tokens": 4, "temperature": 1.0, "seeds": torch.arange(len(PROMPTS))}
     before = engine.generate(*padded_prompts(PROMPTS), **request)
     batch = sequences_of(PROMPTS, ["123"] * len(PROMPTS))

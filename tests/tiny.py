@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from rlhf.lm.embedded import build_tokenizer
@@ -55,6 +58,15 @@ _CONFIGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     ),
 }
 ARCHITECTURES = list(_CONFIGS)
+# More, for the slot engine: norms of queries and keys; a window on every layer; scores capped, in windows and without.
+_CONFIGS |= {
+    "qwen3": (Qwen3Config, {**_SIZES, "head_dim": 16}),
+    "mistral": (MistralConfig, {**_SIZES, "sliding_window": 5}),
+    "gemma2": (
+        Gemma2Config,
+        {**_SIZES, "head_dim": 16, "sliding_window": 6, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 9},
+    ),
+}
 
 
 def tiny_config(architecture: str = "llama", **overrides: Any) -> PreTrainedConfig:

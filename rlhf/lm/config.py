@@ -6,9 +6,11 @@ from typing import Any, Literal, get_args
 
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError, check_choice, check_range
+from rlhf.lm.generation.protocol import Truncation
 from rlhf.presets import PRESETS, PresetName
 
 LRSchedule = Literal["constant", "linear", "cosine"]
+EngineKind = Literal["slots", "transformers"]
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,30 @@ class SamplingConfig:
     """Longest completion, in tokens, end-of-sequence token included."""
     temperature: float = 1.0
     """Logits are divided by it, when sampling and when training; > 0."""
+    top_k: int = 0
+    """Sample among the k most likely tokens; 0: among all. Training sees the whole distribution, and so does the
+    importance ratio: sampler/log_prob_gap compares with the untruncated log-probs."""
+    top_p: float = 1.0
+    """Sample among the fewest most likely tokens that together have this probability; 0 < top_p <= 1, 1: among all."""
+    min_p: float = 0.0
+    """Sample among tokens at least this fraction as likely as the most likely one; 0 <= min_p <= 1, 0: among all."""
+    engine: EngineKind = "slots"
+    """slots: continuous batching over a slot cache, prompts read once for their group; transformers: the plain engine,
+    for models whose attention cannot be replaced."""
     generation_batch_size: int = 256
-    """Sequences generated at once on each process: bounds memory, changes no result."""
+    """Sequences generated at once on each process, at most: bounds memory, changes no result."""
 
     def __post_init__(self) -> None:
         check_range("max_prompt_tokens", self.max_prompt_tokens, low=1)
         check_range("max_new_tokens", self.max_new_tokens, low=1)
         check_range("temperature", self.temperature, low=0, low_open=True, high_open=True)
+        _ = self.truncation  # checks its ranges
+        check_choice("engine", self.engine, get_args(EngineKind))
         check_range("generation_batch_size", self.generation_batch_size, low=1)
+
+    @property
+    def truncation(self) -> Truncation:
+        return Truncation(self.top_k, self.top_p, self.min_p)
 
 
 @dataclass(frozen=True)

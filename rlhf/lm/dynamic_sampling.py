@@ -19,7 +19,8 @@ class Batch(NamedTuple):
     sequence_ids: Tensor  # [B, P + T] int64, as in Sequences
     attention_mask: Tensor  # [B, P + T] bool
     action_mask: Tensor  # [B, T] bool
-    sampler_log_probs: Tensor  # [B, T] float32, nats
+    sampler_log_probs: Tensor  # [B, T] float32, nats: of the distribution sampled from, truncated or not
+    untruncated_log_probs: Tensor  # [B, T] float32, nats: of the sampler's whole distribution
     is_finished: Tensor  # [B] bool
     scores: Tensor  # [B] float32, the sum that is trained for
     components: Tensor  # [B, K] float32, by reward function
@@ -62,6 +63,7 @@ def join(batches: Sequence[Batch]) -> Batch:
             attention_mask=pad(batch.attention_mask, both),
             action_mask=pad(batch.action_mask, (0, right)),
             sampler_log_probs=pad(batch.sampler_log_probs, (0, right)),
+            untruncated_log_probs=pad(batch.untruncated_log_probs, (0, right)),
         )
 
     return Batch(*(torch.cat(column) for column in zip(*map(widened, batches), strict=True)))

@@ -32,7 +32,8 @@ def collection_metrics(rollout: Rollout, experience: Experience) -> dict[str, fl
         "completion/length": float(mask.sum(-1).float().mean()),
         "completion/finished": float(batch.is_finished.float().mean()),
         "entropy": mean_entropy(rollout.predictions, mask),
-        "sampler/log_prob_gap": rollout.log_prob_gap,
+        "sampler/log_prob_gap_mean": rollout.log_prob_gap[0],
+        "sampler/log_prob_gap": rollout.log_prob_gap[1],
     }
     if len(rollout.reward_names) > 1:
         means = batch.components.mean(0).tolist()

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.lm.config import SamplingConfig, TrainerConfig
 from rlhf.lm.dynamic_sampling import Batch, has_signal, refill
 from rlhf.lm.experience import Predictions, Sequences, predict
-from rlhf.lm.generation import Engine
+from rlhf.lm.generation import Completions, Engine
 from rlhf.lm.models import Roles
 from rlhf.lm.rewards import RewardFunction, Row, name_of, score
 from rlhf.lm.tasks import Task, pad_left, tokenize_prompts
@@ -56,7 +56,7 @@ class Rollout:
     predictions: Predictions
     reward_names: list[str]  # [K] of the batch's components
     group_ids: Tensor  # [B] int64
-    log_prob_gap: float  # largest |sampler's - recomputed| log-prob, nats
+    log_prob_gap: tuple[float, float]  # |the sampler's untruncated - recomputed| log-prob, nats: mean and max
     texts: list[tuple[Row, str, float]]  # (row, completion, score) of the local sequences
     tokens: int  # chosen in all draws
     draws: int  # times that prompts_per_step prompts were drawn: more than 1 with dynamic sampling
@@ -74,8 +74,8 @@ class Sampler:
 
     def complete(
         self, prompts: PromptSet, indices: Sequence[int], *, width: int, seeds: Tensor | None
-    ) -> tuple[Sequences, Tensor, Tensor, list[str]]:
-        """Sequences, sampler's log-probs [b, T], is_finished [b] and texts for prompts[indices], padded to `width`."""
+    ) -> tuple[Sequences, Completions, list[str]]:
+        """Completions [b, T] of prompts[indices], with their prompts (padded to `width`), and as texts."""
         ids, mask = pad_left(
             [prompts.token_ids[i] for i in indices],
             width=width,
@@ -88,6 +88,7 @@ class Sampler:
             max_new_tokens=self.sampling.max_new_tokens,
             temperature=self.sampling.temperature,
             seeds=seeds,
+            truncation=self.sampling.truncation,
         )
         sequences = Sequences(
             torch.cat([ids, completions.token_ids], -1),
@@ -96,7 +97,7 @@ class Sampler:
         )
         rows = zip(completions.token_ids.tolist(), completions.action_mask.sum(-1).tolist(), strict=True)
         texts = [str(self.tokenizer.decode(ids[:length], skip_special_tokens=True)) for ids, length in rows]
-        return sequences, completions.sampler_log_probs, completions.is_finished, texts
+        return sequences, completions, texts
 
 
 def collect(
@@ -142,15 +143,16 @@ def collect(
         micro_batch_tokens=optimization.micro_batch_tokens,
         autocast=accelerator.autocast,
     )
-    sampled = batch.sampler_log_probs[mine, : local.action_mask.shape[1]]
-    gap = (predictions.log_probs - sampled).abs().max()
+    reported = batch.untruncated_log_probs[mine, : local.action_mask.shape[1]]
+    gap = (predictions.log_probs - reported).abs().float()
+    gaps = accelerator.gather(torch.stack([gap.sum(), local.action_mask.sum(), gap.max()])[None])
     drawn = torch.cat([has_signal(x.scores, samples) for x in batches])
     return Rollout(
         batch=batch,
         predictions=_gather_predictions(predictions, batch.action_mask.shape[1], accelerator),
         reward_names=[*map(name_of, reward_functions), *([OVERLONG] if config.algorithm.overlong_buffer else [])],
         group_ids=torch.arange(len(batch.scores), device=accelerator.device) // samples,
-        log_prob_gap=float(accelerator.gather(gap.float().reshape(1)).max()),
+        log_prob_gap=(float(gaps[:, 0].sum() / gaps[:, 1].sum()), float(gaps[:, 2].max())),
         texts=texts,
         tokens=sum(int(x.action_mask.sum()) for x in batches),
         draws=len(batches),
@@ -177,7 +179,7 @@ def _draw(
     mine, my_seeds = chosen[first : first + share], seeds[first * samples : (first + share) * samples]
 
     indices = [i for i in mine for _ in range(samples)]
-    sequences, sampler_log_probs, is_finished, texts = sampler.complete(prompts, indices, width=width, seeds=my_seeds)
+    sequences, completions, texts = sampler.complete(prompts, indices, width=width, seeds=my_seeds)
     rows = [prompts.rows[i] for i in indices]
     scores = score(reward_functions, rows, texts, weights=reward_weights)
     total, components = scores.total, list(scores.components.values())
@@ -189,12 +191,13 @@ def _draw(
         *_, answers = sampler.complete(prompts, mine, width=width, seeds=None)
         found = score(reward_functions, [prompts.rows[i] for i in mine], answers, weights=reward_weights)
         greedy_scores = found.total.repeat_interleave(samples)
-    columns = (is_finished, total, torch.stack(components, -1), greedy_scores)
+    columns = (completions.is_finished, total, torch.stack(components, -1), greedy_scores)
     batch = Batch(
         _gather_padded(sequences.sequence_ids, sampler.tokenizer.pad_token_id, accelerator),
         _gather_padded(sequences.attention_mask, False, accelerator),
         _gather_padded(sequences.action_mask, False, accelerator),
-        _gather_padded(sampler_log_probs, 0.0, accelerator),
+        _gather_padded(completions.sampler_log_probs, 0.0, accelerator),
+        _gather_padded(completions.untruncated_log_probs, 0.0, accelerator),
         *(accelerator.gather(x.to(accelerator.device)) for x in columns),
     )
     return batch, list(zip(rows, texts, total.tolist(), strict=True))

@@ -15,7 +15,7 @@ from rlhf.kl import adapt_kl_coef_proportionally
 from rlhf.lm.checks import MAY_CHANGE, check_context, check_processes, check_rewards
 from rlhf.lm.config import TrainerConfig
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
-from rlhf.lm.generation import Engine, TransformersEngine
+from rlhf.lm.generation import Engine, build_engine
 from rlhf.lm.models import assemble_roles, end_token_ids, load_actor
 from rlhf.lm.report import LIVE_COLUMNS, collection_metrics, draw_plots, sample_rows
 from rlhf.lm.rewards import RewardFunction, RewardModel
@@ -54,7 +54,7 @@ class Trainer:
         make_actor: builds the starting actor; called once all checks have passed, and not at all on resume.
         reward_functions: what is trained for; the task's verifier if None. A `RewardModel` is one too.
         reward_weights: one per reward function; all 1 if None.
-        make_engine: actor -> rollout engine; the plain transformers engine if None.
+        make_engine: actor -> rollout engine; the config's if None.
         accelerator: devices, processes and precision; accelerate's own default if None.
     Raises:
         InputError: something given is wrong; says what, what is allowed and what to do.
@@ -126,11 +126,12 @@ class Trainer:
         engine = (
             make_engine(self.roles.actor)
             if make_engine is not None
-            else TransformersEngine(
+            else build_engine(
+                config.sampling.engine,
                 self.roles.actor,
                 eos_token_ids=eos_token_ids,
                 pad_token_id=self.tokenizer.pad_token_id,
-                batch_size=config.sampling.generation_batch_size,
+                at_once=config.sampling.generation_batch_size,
                 autocast=accelerator.autocast,
             )
         )

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from rlhf.lm.generation.protocol import Completions
-from rlhf.lm.logprobs import position_ids, widen
-
-# Sampled by inverting the cumulative distribution: one uniform number per token, so that a request's randomness is a
-# short vector that follows it wherever it is batched. Float64 keeps the error of a sum over 150,000 tokens below 1e-10.
+from rlhf.lm.generation.protocol import Completions, Truncation
+from rlhf.lm.generation.sampling import Choice, choose, draw_uniforms
+from rlhf.lm.logprobs import position_ids
 
 
 class TransformersEngine:
@@ -47,53 +45,60 @@ class TransformersEngine:
         prompt_ids: Tensor,
         prompt_mask: Tensor,
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | Tensor,
         temperature: float,
         seeds: Tensor | None,
+        truncation: Truncation = Truncation(),  # noqa: B008 (frozen)
     ) -> Completions:
         """See `Engine.generate`."""
-        uniforms = None if seeds is None else _uniforms(seeds, max_new_tokens).to(prompt_ids.device)
-        parts = []
-        for start in range(0, len(prompt_ids), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            noise = None if uniforms is None else uniforms[part]
-            parts.append(self._decode(prompt_ids[part], prompt_mask[part], max_new_tokens, temperature, noise))
-        completions = Completions(*(torch.cat(column) for column in zip(*parts, strict=True)))
-        length = int(completions.action_mask.sum(-1).max())
-        ids, log_probs, mask, is_finished = completions
-        return Completions(ids[:, :length], log_probs[:, :length], mask[:, :length], is_finished)
+        device = prompt_ids.device
+        limits = torch.as_tensor(max_new_tokens, device=device).expand(len(prompt_ids))
+        shape = (len(prompt_ids), int(limits.max()))
+        uniforms = None if seeds is None else draw_uniforms(seeds, shape[1]).to(device)
 
-    def _decode(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int, temperature: float, uniforms: Tensor | None
-    ) -> Completions:
-        batch = len(prompt_ids)
-        shape = (batch, max_new_tokens)
+        def draw(rows: Tensor, t: int, logits: Tensor) -> Choice:
+            noise = None if uniforms is None else uniforms[rows, t]
+            return choose(logits, noise, temperature=temperature, truncation=truncation)
+
         out = Completions(
             token_ids=prompt_ids.new_full(shape, self.pad_token_id),
-            sampler_log_probs=torch.zeros(shape, device=prompt_ids.device),
-            action_mask=torch.zeros(shape, dtype=torch.bool, device=prompt_ids.device),
-            is_finished=torch.zeros(batch, dtype=torch.bool, device=prompt_ids.device),
+            sampler_log_probs=torch.zeros(shape, device=device),
+            untruncated_log_probs=torch.zeros(shape, device=device),
+            action_mask=torch.zeros(shape, dtype=torch.bool, device=device),
+            is_finished=torch.zeros(len(prompt_ids), dtype=torch.bool, device=device),
         )
+        for rows in torch.arange(len(prompt_ids), device=device).split(self.batch_size):
+            self._decode(_Running(rows, prompt_ids[rows], prompt_mask[rows]), limits, draw, out)
+        length = int(out.action_mask.sum(-1).max())
+        ids, log_probs, untruncated, mask, is_finished = out
+        return Completions(
+            ids[:, :length], log_probs[:, :length], untruncated[:, :length], mask[:, :length], is_finished
+        )
+
+    def _decode(
+        self, running: "_Running", limits: Tensor, draw: Callable[[Tensor, int, Tensor], Choice], out: Completions
+    ) -> None:
+        """Fill the rows of `out`."""
         cache = DynamicCache(config=self.model.config)
-        running = _Running(torch.arange(batch, device=prompt_ids.device), prompt_ids, prompt_mask)
-        for t in range(max_new_tokens):
-            log_probs = self._next_log_probs(running, cache, temperature)
-            tokens = log_probs.argmax(-1) if uniforms is None else _invert(log_probs, uniforms[running.rows, t])
-            chosen = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
-            live = ~out.is_finished[running.rows]
+        is_done = torch.zeros_like(out.is_finished)
+        for t in range(out.action_mask.shape[1]):
+            choice = draw(running.rows, t, self._next_logits(running, cache))
+            live = ~is_done[running.rows]
             rows = running.rows[live]
-            out.token_ids[rows, t], out.sampler_log_probs[rows, t] = tokens[live], chosen[live].float()
+            out.token_ids[rows, t] = choice.tokens[live]
+            out.sampler_log_probs[rows, t] = choice.sampler_log_probs[live]
+            out.untruncated_log_probs[rows, t] = choice.untruncated_log_probs[live]
             out.action_mask[rows, t] = True
-            out.is_finished[rows] = torch.isin(tokens[live], self.eos_token_ids)
-            running = self._advance(running, tokens, out.is_finished[running.rows], cache)
+            out.is_finished[rows] = torch.isin(choice.tokens[live], self.eos_token_ids)
+            is_done[rows] = out.is_finished[rows] | (limits[rows] == t + 1)
+            running = self._advance(running, choice.tokens, is_done[running.rows], cache)
             if running.rows.numel() == 0:
                 break
-        return out
 
-    def _next_log_probs(self, running: "_Running", cache: DynamicCache, temperature: float) -> Tensor:
+    def _next_logits(self, running: "_Running", cache: DynamicCache) -> Tensor:
         positions = position_ids(running.attention_mask)[:, -running.input_ids.shape[1] :]
         with self.autocast():
-            logits = self.model(
+            return self.model(
                 input_ids=running.input_ids,
                 attention_mask=running.attention_mask.long(),
                 position_ids=positions,
@@ -101,7 +106,6 @@ class TransformersEngine:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-        return (widen(logits) / temperature).log_softmax(-1)
 
     def _advance(self, running: "_Running", tokens: Tensor, finished: Tensor, cache: DynamicCache) -> "_Running":
         """Append the tokens; drop finished rows from batch and cache once they are half of it."""
@@ -122,18 +126,3 @@ class _Running(NamedTuple):
     rows: Tensor  # [R] their index in the batch
     input_ids: Tensor  # [R, L] tokens that the cache does not hold yet
     attention_mask: Tensor  # [R, cached + L] bool
-
-
-def _uniforms(seeds: Tensor, count: int) -> Tensor:
-    """[B, count] float64 in [0, 1): row b a function of seeds[b] alone."""
-    draws = [
-        torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()
-    ]
-    return torch.stack(draws)
-
-
-def _invert(log_probs: Tensor, uniforms: Tensor) -> Tensor:
-    """The first token at which the cumulative distribution exceeds the uniform number. [R, V], [R] -> [R]."""
-    cumulative = log_probs.double().exp().cumsum(-1)
-    tokens = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True).squeeze(-1)
-    return tokens.clamp(max=log_probs.shape[-1] - 1)

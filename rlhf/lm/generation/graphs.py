@@ -1,0 +1,97 @@
+"""Decoding steps as CUDA graphs: forward and sampling in one launch.
+
+A graph is captured for a number of slots and of columns, both rounded up, and replayed while they suffice. It points at
+the workspace and at the weights, which optimizers change in place, so that it sees each update; where weights were
+moved, or another adapter is active, it is captured anew.
+"""
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.lm.generation.decoding import Sampler, Workspace, decode_step
+
+
+class DecodeGraphs:
+    """The graphs of one workspace.
+
+    Args:
+        compile_step: compile the step first, for all slots and columns at once, so that it is compiled only once.
+    """
+
+    def __init__(self, compile_step: bool) -> None:
+        self._step = torch.compile(decode_step, dynamic=False) if compile_step else decode_step
+        self._is_compiled = compile_step
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+        self._model_state: Hashable = None
+
+    def begin(self, model: nn.Module, work: Workspace) -> None:
+        """Before a call's first step: no slot runs; graphs of another state of the model go."""
+        state = _addresses(model)
+        if state != self._model_state:
+            self._graphs.clear()
+            self._pool, self._model_state = None, state
+        self.idle(work, 0)
+
+    def idle(self, work: Workspace, running: int) -> None:
+        """Slots past the running ones: their steps go to column 0 and to the result that nobody wants."""
+        work.advance[running:] = 0
+        work.state[:2, running:] = 0
+        work.state[2, running:] = work.results
+
+    def step(self, model: nn.Module, work: Workspace, sampler: Sampler, running: int, used: int) -> list[int]:
+        """As `decode_step`; the graph's slots past the running ones are idle ones."""
+        if self._is_compiled:
+            slots, columns = work.slots, work.attention.columns
+        else:
+            up = 1 << (running - 1).bit_length() if running < 32 else -(-running // 32) * 32
+            slots = min(up, work.slots)
+            columns = min(-(-used // 128) * 128, work.attention.columns)
+        key = (slots, columns, sampler.uniforms is None, sampler.temperature, sampler.truncation)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(model, work, sampler, slots, columns)
+        self._graphs[key].replay()
+        return work.state[0, :running].tolist()
+
+    def _capture(
+        self, model: nn.Module, work: Workspace, sampler: Sampler, slots: int, columns: int
+    ) -> torch.cuda.CUDAGraph:
+        if self._pool is None or self._is_compiled:
+            self._warm_up(model, work, sampler, slots, columns)
+        graph = torch.cuda.CUDAGraph()
+        # Weights cast by autocast and cached before the capture would be gone at the replay.
+        cache_enabled = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            # One pool for all: nothing in it is read after the replay that wrote it.
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._step(model, work, sampler, slots, columns)
+        finally:
+            torch.set_autocast_cache_enabled(cache_enabled)
+            work.attention.forget()
+        self._pool = graph.pool()
+        return graph
+
+    def _warm_up(self, model: nn.Module, work: Workspace, sampler: Sampler, slots: int, columns: int) -> None:
+        """Libraries choose kernels and workspaces on a first call; the state it advances is put back."""
+        before: Tensor = work.state.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._step(model, work, sampler, slots, columns)
+                work.state.copy_(before)
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+def _addresses(model: nn.Module) -> Hashable:
+    """Changes when weights move or adapters are switched."""
+    adapters = [
+        f"{module.disable_adapters} {module.active_adapters}"
+        for module in model.modules()
+        if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters")
+    ]
+    return tuple(p.data_ptr() for p in model.parameters()), tuple(adapters)
