@@ -1,4 +1,4 @@
-"""Verifiers that misbehave where a completion or a prompt says so. Imported by worker processes: no torch, no pytest."""
+"""Verifiers that misbehave where a completion or a column says so. Workers import this: no torch, no pytest."""
 
 import ctypes
 import os
@@ -11,7 +11,7 @@ def misbehave(how: str) -> Any:
     if how == "hang":
         time.sleep(1000)
     if how == "spin":  # Python never gets to handle a signal here
-        return 10 ** (10**8) // 7**(10**8) % 3
+        return 10 ** (10**8) // 7 ** (10**8) % 3
     if how == "eat":
         hoard = []
         while True:

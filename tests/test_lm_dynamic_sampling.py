@@ -21,6 +21,7 @@ def batch(scores: list[float], *, prompt: int = 2, length: int = 3) -> Batch:
         torch.ones(rows, prompt + length, dtype=torch.bool),
         torch.ones(rows, length, dtype=torch.bool),
         total[:, None].repeat(1, length),
+        torch.zeros(rows, length),
         torch.ones(rows, dtype=torch.bool),
         total,
         total[:, None],

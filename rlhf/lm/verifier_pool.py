@@ -1,4 +1,4 @@
-"""Verifiers in worker processes that can be killed: what hangs, crashes or eats memory costs one answer, not the run."""
+"""Verifiers in worker processes that can be killed: what hangs, crashes or eats memory costs an answer, not the run."""
 
 import inspect
 import json
@@ -12,8 +12,8 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import Any
@@ -40,9 +40,9 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASH
 class VerifierPool:
     """A reward function that calls the verifier in worker processes, with one completion at a time.
 
-    Workers start with the first call, and again after `close`. One that hangs, crashes or wants too much memory is killed
-    and replaced; its item scores 0.0 and is counted. Scores come in the order of the completions, whoever judged them. The
-    time limit is the clock's, so an answer near it may be judged otherwise on another day; keep it far above what is usual.
+    Workers start with the first call, and again after `close`. One that hangs, crashes or wants too much memory is
+    killed and replaced; its item scores 0.0 and is counted. Scores come in the order of the completions, whoever judged
+    them. The time limit is the clock's: keep it far above what is usual, so that no busy day changes a score.
 
     Args:
         verifier: "module:function", or a callable that can be pickled: one that a module holds, not the script that is
@@ -85,7 +85,9 @@ class VerifierPool:
         self._lock = threading.Lock()
         weakref.finalize(self, _kill_all, self._running, os.getpid())  # at exit too
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]) -> list[float | None]:
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], **columns: Sequence[Any]
+    ) -> list[float | None]:
         given = {"prompts": prompts, "completions": completions, **columns}
         items = [
             pickle.dumps({key: [value] for key, value in zip(given, row, strict=True)})
@@ -169,6 +171,17 @@ class VerifierPool:
         waiting.extendleft(reversed(worker.pending))
         self._running.remove(worker)
         worker.kill()
+
+
+@contextmanager
+def running(functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """End the workers of all pools among the functions on leaving."""
+    try:
+        yield
+    finally:
+        for function in functions:
+            if isinstance(function, VerifierPool):
+                function.close()
 
 
 class _Worker:

@@ -1,7 +1,7 @@
 """A verifier's process: judges one item after the other until nobody asks any more. See `rlhf.lm.verifier_pool`.
 
-What it imports beyond the standard library is the verifier's business: no torch. The limits contain accidents; they are no
-wall against a verifier, or an answer that it executes, that means harm.
+What it imports beyond the standard library is the verifier's business: no torch. The limits contain accidents; they
+are no wall against a verifier, or an answer that it executes, that means harm.
 """
 
 import importlib
@@ -21,7 +21,7 @@ SCORED, ERROR, BAD_VALUE, OUT_OF_MEMORY = "scored", "errors", "bad_values", "out
 
 
 def main(connection: Connection) -> None:
-    """Set-up, then one message when ready or why not; from then on pickled items come in lists, one answer goes for each.
+    """Set-up, then one message when ready or why not; from then on lists of pickled items, one answer for each.
 
     What goes back is JSON: the parent never unpickles what a verifier made.
     """
@@ -60,7 +60,7 @@ def load(verifier: str | bytes) -> Callable[..., Any]:
 
 
 def limit_memory(extra: int) -> None:
-    """Let the address space grow by `extra` bytes and no more. Linux only: elsewhere nothing says how large it is now."""
+    """Let the address space grow by `extra` bytes and no more. Linux only: elsewhere nothing says how large it is."""
     if sys.platform != "linux":
         return
     import resource

@@ -1,15 +1,16 @@
 """Verifiers: what a completion's answer is worth. No torch here: worker processes import this module and stay light.
 
-Each is a reward function, `(prompts, completions, **columns) -> one score per completion`, and can run in this process or
-in a `rlhf.lm.verifier_pool.VerifierPool`.
+Each is a reward function, `(prompts, completions, **columns) -> one score per completion`, and can run in this process
+or in a `rlhf.lm.verifier_pool.VerifierPool`.
 """
 
 import inspect
 import logging
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from numbers import Real
 from typing import Any
 
@@ -35,10 +36,11 @@ def arguments_for(function: Callable[..., Any], given: Mapping[str, Any]) -> dic
         p.name
         for p in parameters
         if p.default is p.empty
-        and (p.kind == p.POSITIONAL_ONLY or p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given)
+        and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        and (p.kind == p.POSITIONAL_ONLY or p.name not in given)
     ]
     if missing:
-        raise TypeError(f"it takes {', '.join(missing)} by position or by a name that is none of {', '.join(given)}")
+        raise TypeError(f"it needs {', '.join(missing)}, and there is by name only {', '.join(given)}")
     if any(p.kind == p.VAR_KEYWORD for p in parameters):
         return dict(given)
     return {p.name: given[p.name] for p in parameters if p.name in given and p.kind != p.VAR_POSITIONAL}
@@ -50,10 +52,11 @@ def as_score(value: Any) -> float:
     Raises:
         ValueError: it is no number, or not finite in float32.
     """
-    number = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(number, Real) or not abs(number) <= _FLOAT32_MAX:
-        raise ValueError(f"{value!r} is no finite number")
-    return float(number)
+    number: Any = value.tolist() if hasattr(value, "tolist") else value
+    with suppress(OverflowError):  # of an integer
+        if isinstance(number, Real) and abs(float(number)) <= _FLOAT32_MAX:
+            return float(number)
+    raise ValueError("no finite number")
 
 
 def exact_answer(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -97,8 +100,8 @@ def reasoning_gym_answer(
 ) -> list[float]:
     """The score in [0, 1] that the task of reasoning-gym gives to its answer.
 
-    Rows are its entries: "answer" and "metadata", whose "source_dataset" names the task. The completion's answer is what
-    the last <answer>...</answer> holds; without one it is the whole completion, stripped.
+    Rows are its entries: "answer" and "metadata", whose "source_dataset" names the task. The completion's answer is
+    what the last <answer>...</answer> holds; without one it is the whole completion, stripped.
     """
     scores = []
     for number, completion in enumerate(completions):
@@ -110,7 +113,7 @@ def reasoning_gym_answer(
     return scores
 
 
-@lru_cache(maxsize=None)
+@cache
 def _reasoning_gym_scorer(name: str) -> Callable[[str, dict[str, Any]], float]:
     from reasoning_gym.factory import get_score_answer_fn  # its tasks load much: only who uses them should wait
 
@@ -127,15 +130,13 @@ _EXCLAMATION = re.compile(r"!(?=[\s\"').*]|$)")
 def math_answer(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
     """1.0 where math-verify finds the completion's final answer equal to `answer`, else 0.0.
 
-    The final answer is the last \\boxed{...}, or what math-verify finds in the last 400 characters. Main thread only: the
-    time limit, a second each for parsing and comparing, is a signal's.
+    The final answer is the last \\boxed{...}, or what math-verify finds in the last 400 characters. Main thread only:
+    the time limit, a second each for parsing and comparing, is a signal's.
     """
     return _math_scores(completions, answer, seconds=1)
 
 
-def math_answer_without_limit(
-    prompts: list[str], completions: list[str], answer: list[str], **_: Any
-) -> list[float]:
+def math_answer_without_limit(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
     """`math_answer` without its time limit: for a pool, which ends from outside what takes too long."""
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that nothing limits it
     return _math_scores(completions, answer, seconds=None)
