@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import signal
+import subprocess
 import sys
 import time
 from typing import Any
@@ -47,3 +49,35 @@ def process_id(completions: list[str]) -> list[float]:
 def loaded(completions: list[str], **_: Any) -> list[float]:
     """1.0 where the module that the completion names is loaded in this process."""
     return [float(name in sys.modules) for name in completions]
+
+
+def only_digits(completions: list[str]) -> list[float | None]:
+    return [float(c) if c.isdigit() else None for c in completions]
+
+
+def takes(seconds: float, completions: list[str]) -> list[float]:
+    time.sleep(seconds)
+    return [1.0 for _ in completions]
+
+
+def starts_a_process_and_hangs(completions: list[str]) -> list[float]:
+    with open(completions[0], "wb", buffering=0) as fifo:
+        fifo.write(b"up")
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"], stdout=fifo)
+    time.sleep(1000)
+    return [1.0]
+
+
+def kills_its_parent_and_hangs(completions: list[str]) -> Any:
+    os.kill(os.getppid(), signal.SIGKILL)
+    return misbehave("hang")
+
+
+def math_without_guard(completions: list[str], answer: list[str]) -> list[float]:
+    """What `math_answer` would do if it let every text through to the parser."""
+    from math_verify import parse, verify
+
+    return [
+        float(verify(parse(right, parsing_timeout=None), parse(text, parsing_timeout=None), timeout_seconds=None))
+        for text, right in zip(completions, answer, strict=True)
+    ]

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf.checks import InputError
 from rlhf.lm.embedded import build_tokenizer
-from rlhf.lm.rewards import RewardModel, exact_answer, math_answer, name_of, score
+from rlhf.lm.rewards import RewardModel, exact_answer, name_of, score
 
 ROWS = [{"prompt": "a", "answer": "1", "level": 3}, {"prompt": "b", "answer": "2", "level": 4}]
 COMPLETIONS = ["1", "x y"]
@@ -79,7 +78,6 @@ def test_numbers_may_come_in_any_container(returned: Any) -> None:
         ([1.0, math.nan], "returned nan for the completion 'x y'"),
         ([math.inf, 1.0], "returned inf for the completion '1'"),
         ([1.0, -math.inf], "returned -inf for the completion 'x y'"),
-        ([1.0, None], "returned None for the completion 'x y'"),
         ([1.0, "1.0"], "returned '1.0' for the completion 'x y'"),
         (torch.tensor([1.0, math.nan]), "returned nan for the completion 'x y'"),
         ([1.0, 1e300], "returned 1e\\+300 for the completion 'x y'"),  # infinite in float32
@@ -101,7 +99,7 @@ def test_what_is_no_score_is_refused_by_name(returned: Any, problem: str) -> Non
 
 
 def test_the_cure_is_in_the_message() -> None:
-    with pytest.raises(InputError, match=r"finite number; return 0\.0 for what cannot be judged"):
+    with pytest.raises(InputError, match=r"finite number; return 0\.0 for what cannot be judged, None where"):
         score([lambda **_: [math.nan, 0.0]], ROWS, COMPLETIONS)
 
 
@@ -114,7 +112,7 @@ def _wants_another_column(prompts: list[str], completions: list[str], gold: list
 
 
 @pytest.mark.parametrize(
-    ("function", "problem"), [(_raises, "KeyError: 'gold'"), (_wants_another_column, "TypeError: .*unexpected")]
+    ("function", "problem"), [(_raises, "KeyError: 'gold'"), (_wants_another_column, "TypeError: it needs gold")]
 )
 def test_a_function_that_raises_is_named_with_how_it_is_called(
     function: Callable[..., list[float]], problem: str
@@ -200,95 +198,3 @@ def test_a_classifier_of_several_labels_is_refused() -> None:
     model = AutoModelForSequenceClassification.from_config(tiny_config(num_labels=3))
     with pytest.raises(InputError, match="num_labels=1, got 3"):
         RewardModel(model, build_tokenizer())
-
-
-# -- verifiers ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("completion", "right"), [("202", 1.0), (" 202\n", 1.0), ("2020", 0.0), ("", 0.0), ("2 02", 0)]
-)
-def test_exact_answer(completion: str, right: float) -> None:
-    assert exact_answer(["107+95="], [completion], answer=["202"]) == [right]
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer", "right"),
-    [
-        ("So the total is \\boxed{72}.", "72", 1.0),
-        ("The answer is 72.", "72", 1.0),
-        ("48/2 = 24 and 48 + 24 = 72", "72", 1.0),
-        ("#### 72", "72", 1.0),
-        ("72.0", "72", 1.0),
-        ("\\boxed{1,234}", "1234", 1.0),
-        ("It costs $1,234.", "1234", 1.0),
-        ("\\boxed{\\$18}", "18", 1.0),
-        ("18 dollars", "18", 1.0),
-        ("\\boxed{18\\text{ dollars}}", "18", 1.0),
-        ("\\boxed{\\frac{1}{2}}", "0.5", 1.0),
-        ("1/2", "0.5", 1.0),
-        ("\\boxed{50\\%}", "50", 1.0),
-        ("\\boxed{-5}", "-5", 1.0),
-        ("She has \\boxed{72} apples!", "72", 1.0),
-        ("Great question! First, 48/2 = 24. The answer is 72.", "72", 1.0),
-        ("x " * 1000 + "\\boxed{72}", "72", 1.0),
-        ("\\boxed{72}", "71", 0.0),
-        ("\\boxed{5}", "-5", 0.0),
-        ("\\boxed{720}", "72", 0.0),
-        ("first 72, but no: \\boxed{71}", "72", 0.0),
-        ("\\boxed{}", "72", 0.0),
-        ("", "72", 0.0),
-        ("no idea", "72", 0.0),
-        ("nan", "72", 0.0),
-        ("\\boxed{\\infty}", "72", 0.0),
-    ],
-)
-def test_math_answer(completion: str, answer: str, right: float) -> None:
-    assert math_answer(["q"], [completion], answer=[answer]) == [right]
-
-
-@pytest.mark.parametrize(
-    "completion",
-    [
-        "\\boxed{9^{9^{9^9}}}",
-        "\\boxed{9^{9^9}^{9}}",
-        "9**9**9**9",
-        "\\boxed{10^{99999999}}",
-        "\\boxed{10^{ {99999999}}}",
-        "\\boxed{10^{+99999999}}",
-        "\\boxed{2^{-9999999999}}",
-        "\\boxed{9^{9\\cdot 9\\cdot 9\\cdot 9\\cdot 9\\cdot 9\\cdot 9\\cdot 9}}",
-        "\\boxed{(x+y+z)^{999}}",
-        "\\boxed{99999999!}",
-        "\\boxed{" + "9" * 5000 + "}",
-        "{" * 5000,
-        "(" * 5000,
-        "\\frac{" * 1000,
-    ],
-    ids=lambda text: text[:25],
-)
-def test_hostile_answers_are_wrong_and_cost_nothing(completion: str) -> None:
-    math_answer(["q"], ["1"], answer=["1"])  # loads sympy
-    started = time.perf_counter()
-    assert math_answer(["q"], [completion], answer=["72"]) == [0.0]
-    assert time.perf_counter() - started < 2
-
-
-def test_verdicts_are_one_per_completion_in_order() -> None:
-    completions = ["\\boxed{1}", "9^{9^{9^9}}", "\\boxed{3}", "4"]
-    assert math_answer(["q"] * 4, completions, answer=["1", "2", "3", "5"]) == [1.0, 0.0, 1.0, 0.0]
-
-
-@pytest.mark.parametrize(
-    "completion",
-    [
-        "So the total is **18** dollars. \\boxed{18}",
-        "**Answer: 18**",
-        "The answer is 18!",
-        "In all there are 18! \\boxed{18}",
-        "**Step 1**: 9 * 2 = 18\nThe final answer is $\\boxed{18}$.",
-        "\\boxed{18}" + " That is how many eggs are sold." * 30,
-    ],
-)
-def test_prose_around_the_answer_does_not_make_it_wrong(completion: str) -> None:
-    assert math_answer(["q"], [completion], answer=["18"]) == [1.0]

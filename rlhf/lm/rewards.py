@@ -222,7 +222,7 @@ class RewardModel:
                 "the reward model's tokenizer has no pad token, without which the end of a text cannot be found in a "
                 "batch: set tokenizer.pad_token to a token that texts do not hold"
             )
-        known = model.get_input_embeddings().num_embeddings
+        known = model.config.get_text_config().vocab_size
         if len(tokenizer) > known:
             raise InputError(
                 f"the tokenizer has {len(tokenizer)} tokens but the reward model knows {known}: give the model's own"

@@ -222,7 +222,7 @@ class _Worker:
         """Its answer; or what became of it."""
         try:
             if not self.connection.poll():
-                return TIMEOUT, f"it took more than {time.monotonic() - self._since:.3g} s"
+                return TIMEOUT, f"it took more than {self.deadline - self._since:.3g} s"
             fate, value = json.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
             return CRASH, f"its process ended ({self._exit_status()})"
