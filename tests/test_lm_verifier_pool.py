@@ -14,11 +14,13 @@ from typing import Any
 
 import hostile_verifiers
 import pytest
-from test_lm_trainer import make_config, make_trainer, never_called
+from test_lm_dynamic_sampling import interrupt_at
+from test_lm_trainer import files_of, make_config, make_trainer, never_called
 
 from rlhf.checks import InputError
 from rlhf.lm.rewards import score
 from rlhf.lm.tasks import Task
+from rlhf.lm.trainer import Trainer
 from rlhf.lm.verifier_pool import FAULTS, VerifierPool
 from rlhf.lm.verifiers import FormatMatch, math_answer_without_limit
 from rlhf.run import read_json_lines
@@ -300,6 +302,27 @@ def test_training_goes_on_with_counts_in_metrics(
         assert row["reward/mean"] == 14 / 16
         assert row["accuracy/greedy"] == 1.0
     assert not pool._running, "the run has ended its workers"
+
+
+def test_a_run_with_a_pool_resumes_exactly(make_pool: Callable[..., VerifierPool], tmp_path: Path) -> None:
+    """Also with another number of workers; faults are counted anew from the checkpoint."""
+
+    def trainer(run: Path, workers: int, resume: bool = False) -> Trainer:
+        pool = make_pool(hostile_verifiers.by_column, workers=workers)
+        config = make_config(
+            run,
+            source={"verifier_workers": workers},
+            optimization={"steps": 3},
+            run={"resume": resume, "eval_every": 1},
+        )
+        return make_trainer(config, task=task_with("raise", pool), reward_functions=None)
+
+    trainer(tmp_path / "whole", 1).train()
+    interrupt_at(trainer(tmp_path / "cut", 1), 3)
+    trainer(tmp_path / "cut", 2, resume=True).train()
+    found, expected = files_of(tmp_path / "cut"), files_of(tmp_path / "whole")
+    assert found == expected
+    assert [row["verifier/errors"] for row in found[0]] == [0, 2, 2, 2, 2]
 
 
 def test_strict_stops_the_run_with_the_error(make_pool: Callable[..., VerifierPool], tmp_path: Path) -> None:
