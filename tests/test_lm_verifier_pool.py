@@ -194,7 +194,7 @@ def test_workers_end_with_the_program_even_if_it_is_killed(verifier: str) -> Non
         "pool(['p'], ['x'])\n"
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parent), verifier]
-    child = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    child = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert child.returncode == (0 if verifier == "process_id" else -signal.SIGKILL), child.stderr
 
 
@@ -309,12 +309,8 @@ def test_a_run_with_a_pool_resumes_exactly(make_pool: Callable[..., VerifierPool
 
     def trainer(run: Path, workers: int, resume: bool = False) -> Trainer:
         pool = make_pool(hostile_verifiers.by_column, workers=workers)
-        config = make_config(
-            run,
-            source={"verifier_workers": workers},
-            optimization={"steps": 3},
-            run={"resume": resume, "eval_every": 1},
-        )
+        of_run = {"resume": resume, "eval_every": 1}
+        config = make_config(run, source={"verifier_workers": workers}, optimization={"steps": 4}, run=of_run)
         return make_trainer(config, task=task_with("raise", pool), reward_functions=None)
 
     trainer(tmp_path / "whole", 1).train()
