@@ -4,6 +4,7 @@ import functools
 import gc
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -93,9 +94,9 @@ def test_all_troubles_at_once(make_pool: Callable[..., VerifierPool]) -> None:
 
 
 def test_a_slow_item_is_not_charged_to_those_after_it(make_pool: Callable[..., VerifierPool]) -> None:
-    """The clock begins anew with each item: twenty that take twice the limit together are no timeout."""
-    pool = make_pool(functools.partial(hostile_verifiers.takes, 0.1), workers=1, timeout=1.0, name="takes")
-    assert judged(pool, *["x"] * 20) == [1.0] * 20
+    """The clock begins anew with each item: eight sent at once that take longer together are no timeout."""
+    pool = make_pool(functools.partial(hostile_verifiers.takes, 0.06), workers=1, timeout=0.4, name="takes")
+    assert judged(pool, *["x"] * 32) == [1.0] * 32
     assert pool.take_counts() == faults()
 
 
@@ -173,6 +174,18 @@ def test_a_worker_that_died_while_idle_is_replaced_and_nobody_charged(make_pool:
     assert pool.take_counts() == faults()
 
 
+def test_a_worker_that_died_is_nobodys_fault_where_another_has_all_the_work(
+    make_pool: Callable[..., VerifierPool],
+) -> None:
+    pool = make_pool(functools.partial(hostile_verifiers.takes, 0.1), name="takes")
+    while not (pool._running and all(worker.is_ready for worker in pool._running)):
+        judged(pool, "x")
+    pool._running[1].process.kill()
+    pool._running[1].process.wait()
+    assert judged(pool, "x") == [1.0]
+    assert pool.take_counts() == faults()
+
+
 def test_a_process_that_a_verifier_started_dies_with_it(make_pool: Callable[..., VerifierPool], tmp_path: Path) -> None:
     pool = make_pool(hostile_verifiers.starts_a_process_and_hangs, workers=1, timeout=TIMEOUT)
     os.mkfifo(tmp_path / "fifo")
@@ -180,6 +193,7 @@ def test_a_process_that_a_verifier_started_dies_with_it(make_pool: Callable[...,
     assert judged(pool, str(tmp_path / "fifo")) == [0.0]
     os.set_blocking(reader, True)
     assert os.read(reader, 10) == b"up", "the child was there"
+    assert select.select([reader], [], [], 30)[0]
     assert os.read(reader, 10) == b"", "and nobody holds its end any more"
     os.close(reader)
 
