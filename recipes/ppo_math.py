@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig, with_preset
 from rlhf.lm.embedded import build_taught_model, build_tokenizer
 from rlhf.lm.models import load_actor, load_tokenizer
-from rlhf.lm.tasks import load_task
+from rlhf.lm.tasks import load_task, math_verifier
 from rlhf.lm.trainer import Trainer
 from rlhf.presets import PRESETS, PresetName
 from rlhf.run import reporting_errors
@@ -60,7 +60,13 @@ PRETRAINED = TrainerConfig(
 def main(config: TrainerConfig) -> None:
     source = config.source
     tokenizer = build_tokenizer() if source.model is None else load_tokenizer(source.model)
-    task = load_task(source.task, data=source.data, tokenizer=tokenizer, plain_prompts=source.plain_prompts)
+    task = load_task(
+        source.task,
+        data=source.data,
+        tokenizer=tokenizer,
+        plain_prompts=source.plain_prompts,
+        verifier=math_verifier(source),
+    )
 
     def make_actor() -> PreTrainedModel:
         if source.model is not None:

@@ -16,11 +16,11 @@ from rlhf import algorithm as algorithm_module
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
 from rlhf.lm import config as config_module
-from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
+from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, SourceConfig, TrainerConfig
 from rlhf.lm.rollout import prompt_indices
 
 ROOT = Path(__file__).parent.parent
-CLASSES = [SamplingConfig, AlgorithmConfig, OptimizationConfig, RunConfig, TrainerConfig]
+CLASSES = [SourceConfig, SamplingConfig, AlgorithmConfig, OptimizationConfig, RunConfig, TrainerConfig]
 COUNT = ([1, 2], [0, -1])  # accepted, refused
 NON_NEGATIVE_COUNT = ([0, 1], [-1])
 POSITIVE = ([1e-9, 0.5, 10.0], [0.0, -1.0, math.nan])
@@ -30,6 +30,17 @@ OPEN_UNIT = ([1e-9, 0.999], [0.0, 1.0, -0.1, math.nan])
 FREE = ([True, False], [])
 # The order is that of the fields; a Literal's range is its options.
 RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
+    SourceConfig: {
+        "model": ([None, "folder"], []),
+        "task": (["arithmetic"], ["gsm8k"]),
+        "data": ([None, "folder"], []),
+        "plain_prompts": FREE,
+        "drop_long_prompts": FREE,
+        "verifier_workers": NON_NEGATIVE_COUNT,
+        "verifier_timeout": ([1e-9, 0.5, 10.0], [0.0, -1.0, math.nan, math.inf]),
+        "verifier_memory_mb": COUNT,
+        "verifier_strict": FREE,
+    },
     SamplingConfig: {
         "max_prompt_tokens": COUNT,
         "max_new_tokens": COUNT,

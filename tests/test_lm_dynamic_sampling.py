@@ -22,6 +22,7 @@ def batch(scores: list[float], *, prompt: int = 2, length: int = 3) -> Batch:
         torch.ones(rows, length, dtype=torch.bool),
         total[:, None].repeat(1, length),
         total[:, None].repeat(1, length),
+        torch.zeros(rows, length),
         torch.ones(rows, dtype=torch.bool),
         total,
         total[:, None],
@@ -76,6 +77,16 @@ def collected(trainer: Trainer, first_draw: int = 0) -> Any:
         trainer.sampler, trainer.roles, trainer.train_prompts, trainer.reward_functions, trainer.config,
         reward_weights=None, first_draw=first_draw,
     )  # fmt: skip
+
+
+def test_rewards_per_token_are_signal_too_and_are_joined_padded() -> None:
+    equal, other = batch([1.0, 1.0]), batch([2.0, 2.0], length=5)
+    token_rewards = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0], [0.0] * 5])
+    refilled = refill([equal, other._replace(token_rewards=token_rewards)], samples_per_prompt=2)
+    assert refilled.totals.tolist() == [3.0, 2.0]
+    assert torch.equal(refilled.token_rewards, token_rewards)
+    joined = refill([other._replace(token_rewards=token_rewards), equal], samples_per_prompt=1)
+    assert joined.token_rewards.shape == (2, 5)
 
 
 def test_draws_go_on_until_enough_groups_have_signal(tmp_path: Path) -> None:

@@ -25,6 +25,16 @@ def test_score_stands_on_the_last_action_and_kl_on_each() -> None:
     torch.testing.assert_close(experience.rewards, expected)
 
 
+def test_rewards_per_token_add_to_kl_and_score_and_padding_is_ignored() -> None:
+    experience = build_experience(
+        SEQUENCES, torch.tensor([1.0, 10.0]), torch.tensor([0, 1]), predictions(), AlgorithmConfig(),
+        kl_reward_coef=0.1, token_rewards=torch.tensor([[1.0, 2.0, 3.0], [4.0, torch.nan, 5.0]]),
+    )  # fmt: skip
+    expected = torch.tensor([[1 - 0.05, 2 + 0.1, 3 + 1.0], [4 + 10.0 - 0.2, 0.0, 0.0]])
+    torch.testing.assert_close(experience.rewards, expected)
+    assert experience.advantages.isfinite().all()
+
+
 def test_sequence_kl_is_the_mean_summed_log_ratio() -> None:
     assert sequence_kl(predictions(), MASK) == ((0.5 - 1.0 + 0.0) + 2.0) / 2
 

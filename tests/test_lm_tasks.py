@@ -11,8 +11,9 @@ from tokenizers import processors
 
 from rlhf.checks import InputError
 from rlhf.lm.embedded import build_tokenizer
-from rlhf.lm.rewards import exact_answer, math_answer
+from rlhf.lm.rewards import exact_answer, name_of
 from rlhf.lm.tasks import Task, addition_row, arithmetic, gsm8k, load_task, pad_left, tokenize_prompts
+from rlhf.lm.verifier_pool import VerifierPool
 
 QUESTION = {"question": "How many are 1 and 1?", "answer": "One more than 1.\n#### 1,002"}
 PROBLEMS = [
@@ -113,7 +114,8 @@ def test_gsm8k_in_plain_text(tmp_path: Path) -> None:
     assert [row["answer"] for row in task.train] == ["1002", "-4"], "the number after the last ####, without commas"
     assert [row["prompt"] for row in task.train] == [f"Question: {row['question']}\nAnswer:" for row in PROBLEMS]
     assert [row["answer"] for row in task.held_out] == ["1002"]
-    assert task.verifier is math_answer
+    assert isinstance(task.verifier, VerifierPool)
+    assert name_of(task.verifier) == "math_answer"
     assert task.verifier(["?"] * 2, ["it is 1,002", "\\boxed{4}"], answer=["1002", "-4"]) == [1.0, 0.0]
 
 

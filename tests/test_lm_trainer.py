@@ -148,6 +148,46 @@ def test_a_killed_run_resumes_bit_for_bit(at_step: int, tmp_path: Path) -> None:
     assert json.loads((killed / last).read_text()) == json.loads((whole / last).read_text())
 
 
+def digits_by_token(completion_ids: list[list[int]], **_: Any) -> list[list[float]]:
+    """One for each token that is a digit."""
+    tokenizer = build_tokenizer()
+    return [[float(tokenizer.convert_ids_to_tokens(i).isdigit()) for i in ids] for ids in completion_ids]
+
+
+def digits_in_all(completion_ids: list[list[int]], **_: Any) -> list[float]:
+    return [sum(row) for row in digits_by_token(completion_ids)]
+
+
+def test_where_only_the_sum_counts_it_may_be_given_token_by_token(tmp_path: Path) -> None:
+    """Groups compare whole completions, so both runs are one; credit over time tells them apart."""
+    runs = {}
+    for algorithm in ({"advantage": "group", "critic": "none"}, {"critic": "none", "gae_lambda": 1.0}):
+        for function in (digits_by_token, digits_in_all):
+            run = tmp_path / f"{function.__name__}-{len(runs)}"
+            config = make_config(run, algorithm=algorithm, optimization={"steps": 2})
+            make_trainer(config, reward_functions=[function]).train()
+            runs[len(runs)] = [row for row in files_of(run)[0] if "reward/mean" in row]
+    assert runs[0] == runs[1]
+    assert runs[0][0]["reward/std"] > 0
+    assert runs[2][0]["reward/mean"] == runs[3][0]["reward/mean"]
+    assert runs[2][0]["grad_norm/actor"] != runs[3][0]["grad_norm/actor"]
+
+
+def test_completions_that_no_function_judges_are_counted_and_score_nothing(tmp_path: Path) -> None:
+    def picky(completions: list[str]) -> list[float | None]:
+        return [None if number % 4 == 0 else 2.0 for number, _ in enumerate(completions)]
+
+    def never(completions: list[str]) -> list[None]:
+        return [None] * len(completions)
+
+    make_trainer(make_config(tmp_path / "run"), reward_functions=[picky, never]).train()
+    for row in read_json_lines(tmp_path / "run" / "metrics.jsonl")[1:]:
+        assert row["reward/without_verdict"] == 0.25
+        assert row["reward/mean"] == 1.5
+        assert row["reward/picky"] == 2.0, "of those that it judged"
+        assert row["reward/never"] is None
+
+
 def test_the_actor_learns_and_the_flipped_sign_unlearns(tmp_path: Path) -> None:
     """A reward that a random model can raise within seconds: the share of digits in what it writes."""
 

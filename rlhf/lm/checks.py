@@ -5,13 +5,14 @@ import sys
 from collections.abc import Sequence
 
 from accelerate import Accelerator
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checks import InputError
 from rlhf.lm.config import SamplingConfig, TrainerConfig
 from rlhf.lm.rewards import RewardFunction, score
 from rlhf.lm.rollout import PromptSet
 from rlhf.lm.tasks import Task
+from rlhf.lm.verifier_pool import VerifierPool
 
 ON_CPU = "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 ..."
 
@@ -22,6 +23,7 @@ MAY_CHANGE = {"run_dir", "eval_every", "eval_prompts", "checkpoint_every", "keep
     "engine",
     "generation_batch_size",
     "micro_batch_tokens",
+    "verifier_workers",
 }
 
 
@@ -57,11 +59,16 @@ def check_processes(config: TrainerConfig, accelerator: Accelerator) -> None:
         )
 
 
-def check_rewards(functions: Sequence[RewardFunction], weights: Sequence[float] | None, task: Task) -> None:
+def check_rewards(
+    functions: Sequence[RewardFunction],
+    weights: Sequence[float] | None,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     """Call the reward functions once, on two rows and made-up completions, so that a mistake shows before training.
 
     Raises:
-        InputError: as `rewards.score`; or there is no row, no reward function.
+        InputError: as `rewards.score`; there is no row, no reward function; or a pool's verifier judges nothing at all.
     """
     if not functions:
         raise InputError("there is no reward function: give at least one, or None for the task's verifier")
@@ -71,7 +78,14 @@ def check_rewards(functions: Sequence[RewardFunction], weights: Sequence[float] 
             f"{len(task.held_out)}"
         )
     probe = list(task.train[:2])
-    score(functions, probe, ["", "0"][: len(probe)], weights=weights)
+    completions = ["", "0"][: len(probe)]
+    ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in completions]
+    score(functions, probe, completions, weights=weights, completion_ids=ids)
+    if task.verifier not in functions:
+        score([task.verifier], probe, completions, completion_ids=ids)
+    for function in (*functions, task.verifier):
+        if isinstance(function, VerifierPool) and sum(function.take_counts().values()) >= len(probe):
+            raise InputError(f"nothing could be judged on a first try: {function.last_fault}")
 
 
 def check_context(actor: PreTrainedModel, train: PromptSet, held_out: PromptSet, sampling: SamplingConfig) -> None:

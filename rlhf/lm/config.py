@@ -27,10 +27,21 @@ class SourceConfig:
     """Ask in plain text: for pretrained models without a chat template."""
     drop_long_prompts: bool = False
     """Leave out prompts longer than max_prompt_tokens instead of stopping."""
+    verifier_workers: int = 2
+    """Processes that check gsm8k's answers, for each training process; 0: none, the training process does it."""
+    verifier_timeout: float = 5.0
+    """Seconds for one answer in a worker, which is killed then; > 0."""
+    verifier_memory_mb: int = 1024
+    """MiB by which a worker may grow on an answer (Linux only)."""
+    verifier_strict: bool = False
+    """Stop on an answer that a worker cannot check (time, memory, crash, error) instead of scoring it 0."""
 
     def __post_init__(self) -> None:
         if self.model is None and self.task == "gsm8k":
             raise InputError("task 'gsm8k' needs a pretrained model: pass --model <folder or hub id>")
+        check_range("verifier_workers", self.verifier_workers, low=0)
+        check_range("verifier_timeout", self.verifier_timeout, low=0, low_open=True, high_open=True)
+        check_range("verifier_memory_mb", self.verifier_memory_mb, low=1)
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,20 @@ class Batch(NamedTuple):
     action_mask: Tensor  # [B, T] bool
     sampler_log_probs: Tensor  # [B, T] float32, nats: of the distribution sampled from, truncated or not
     untruncated_log_probs: Tensor  # [B, T] float32, nats: of the sampler's whole distribution
+    token_rewards: Tensor  # [B, T] float32, rewards per token beside the scores, 0 in masked slots
     is_finished: Tensor  # [B] bool
-    scores: Tensor  # [B] float32, the sum that is trained for
-    components: Tensor  # [B, K] float32, by reward function
+    scores: Tensor  # [B] float32, the weighted sum of the verdicts on whole completions
+    components: Tensor  # [B, K] float32, by reward function; NaN where it does not apply
     greedy_scores: Tensor  # [B] float32: of the greedy completion of each one's prompt, 0 where nobody asked for it
 
     @property
     def sequences(self) -> Sequences:
         return Sequences(self.sequence_ids, self.attention_mask, self.action_mask)
+
+    @property
+    def totals(self) -> Tensor:
+        """[B] what is trained for: score and rewards of all tokens."""
+        return self.scores + self.token_rewards.sum(-1)
 
     def pick(self, rows: Tensor) -> "Batch":
         """These rows."""
@@ -44,7 +50,7 @@ def has_signal(scores: Tensor, samples_per_prompt: int) -> Tensor:
 def refill(batches: Sequence[Batch], *, samples_per_prompt: int) -> Batch:
     """As many groups as the first batch has: those with signal in their order, then, if too few, those without."""
     joined = join(batches)
-    order = torch.argsort(~has_signal(joined.scores, samples_per_prompt), stable=True)
+    order = torch.argsort(~has_signal(joined.totals, samples_per_prompt), stable=True)
     groups = order[: len(batches[0].scores) // samples_per_prompt]
     rows = groups[:, None] * samples_per_prompt + torch.arange(samples_per_prompt, device=groups.device)
     return joined.pick(rows.flatten())
@@ -64,6 +70,7 @@ def join(batches: Sequence[Batch]) -> Batch:
             action_mask=pad(batch.action_mask, (0, right)),
             sampler_log_probs=pad(batch.sampler_log_probs, (0, right)),
             untruncated_log_probs=pad(batch.untruncated_log_probs, (0, right)),
+            token_rewards=pad(batch.token_rewards, (0, right)),
         )
 
     return Batch(*(torch.cat(column) for column in zip(*map(widened, batches), strict=True)))

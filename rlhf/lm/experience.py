@@ -66,7 +66,7 @@ class Experience:
 
     # What happened
     sequences: Sequences
-    rewards: Tensor  # per-token reward: the score on the last action, minus the KL penalty on each
+    rewards: Tensor  # per-token reward: what is given per token minus the KL penalty, the score on the last action
     # Under the weights that made it, as the rollout engine says and as the actor does
     sampler_log_probs: Tensor | None
     old_log_probs: Tensor
@@ -137,6 +137,7 @@ def build_experience(
     *,
     kl_reward_coef: float,
     sampler_log_probs: Tensor | None = None,
+    token_rewards: Tensor | None = None,
     greedy_scores: Tensor | None = None,
     components: Tensor | None = None,
     weights: Sequence[float] | None = None,
@@ -149,20 +150,23 @@ def build_experience(
         group_ids: [B] int64, equal for samples of one prompt.
         kl_reward_coef: the coefficient in force, reward units per nat.
         sampler_log_probs: [B, T] nats, as the engine reported them.
+        token_rewards: [B, T] float, rewards per action beside the score and KL.
         greedy_scores, components, weights: see `rlhf.algorithm.estimate_advantages`.
         is_finished: [B] bool; with train_on_truncated=False the others lose their actions.
     """
     mask = sequences.action_mask
-    penalties = kl_rewards(predictions, mask, kl_reward_coef=kl_reward_coef)
+    per_token = kl_rewards(predictions, mask, kl_reward_coef=kl_reward_coef)
+    if token_rewards is not None:
+        per_token = per_token + fill_masked(token_rewards.to(per_token), mask)
     is_trained = None if algorithm.train_on_truncated else is_finished
     estimate = estimate_advantages(
-        algorithm, mask, scores=scores.to(penalties), group_ids=group_ids, token_rewards=penalties,
+        algorithm, mask, scores=scores.to(per_token), group_ids=group_ids, token_rewards=per_token,
         values=predictions.values, greedy_scores=greedy_scores, components=components, weights=weights,
         is_trained=is_trained,
     )  # fmt: skip
     experience = Experience(
         sequences=sequences,
-        rewards=penalties + rewards_at_last_action(scores.to(penalties), mask),
+        rewards=per_token + rewards_at_last_action(scores.to(per_token), mask),
         sampler_log_probs=sampler_log_probs,
         old_log_probs=predictions.log_probs,
         ref_log_probs=predictions.ref_log_probs,

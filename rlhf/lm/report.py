@@ -1,9 +1,15 @@
 """What a run says of itself: metrics of a round, samples, plots."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+
 from rlhf.lm.experience import Experience, mean_entropy, sequence_kl
-from rlhf.lm.rollout import Rollout
+from rlhf.lm.rewards import RewardFunction
+from rlhf.lm.rollout import OVERLONG, Rollout
+from rlhf.lm.verifier_pool import FAULTS, VerifierPool
 from rlhf.masking import explained_variance, masked_sum
 from rlhf.run import Panel, RunFolder, plot_metrics, read_json_lines
 
@@ -25,7 +31,7 @@ PANELS = (
 def collection_metrics(rollout: Rollout, experience: Experience) -> dict[str, float]:
     """Of one round's completions, under the policy that made them."""
     batch = rollout.batch
-    mask, total = batch.action_mask, batch.scores
+    mask, total = batch.action_mask, batch.totals
     metrics = {
         "reward/mean": float(total.mean()),
         "reward/std": float(total.std(correction=0)),
@@ -36,8 +42,10 @@ def collection_metrics(rollout: Rollout, experience: Experience) -> dict[str, fl
         "sampler/log_prob_gap": rollout.log_prob_gap[1],
     }
     if len(rollout.reward_names) > 1:
-        means = batch.components.mean(0).tolist()
+        means = batch.components.nanmean(0).tolist()  # NaN, written as null, where a function applied to none
         metrics |= {f"reward/{name}": x for name, x in zip(rollout.reward_names, means, strict=True)}
+    judged = batch.components[:, [name != OVERLONG for name in rollout.reward_names]]
+    metrics["reward/without_verdict"] = float(judged.isnan().all(-1).float().mean())
     if experience.ref_log_probs is not None:
         metrics["kl/sequence"] = sequence_kl(rollout.predictions, mask)
         metrics["reward/shaped"] = float(masked_sum(experience.rewards, mask) / len(mask))
@@ -48,6 +56,17 @@ def collection_metrics(rollout: Rollout, experience: Experience) -> dict[str, fl
         metrics["groups/without_signal"] = rollout.without_signal
         metrics["groups/draws"] = rollout.draws
     return metrics
+
+
+def verifier_counts(functions: Sequence[RewardFunction], accelerator: Accelerator) -> dict[str, int]:
+    """Faults of all processes' verifier pools since the last call, by kind; nothing where there is no pool."""
+    pools = {id(x): x for x in functions if isinstance(x, VerifierPool)}
+    if not pools:
+        return {}
+    counts = [pool.take_counts() for pool in pools.values()]
+    sums = torch.tensor([sum(x[kind] for x in counts) for kind in FAULTS], device=accelerator.device)
+    totals = accelerator.reduce(sums, reduction="sum").tolist()
+    return {f"verifier/{kind}": total for kind, total in zip(FAULTS, totals, strict=True)}
 
 
 def sample_rows(rollout: Rollout, step: int, count: int) -> list[dict[str, Any]]:

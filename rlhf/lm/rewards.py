@@ -1,8 +1,10 @@
-"""Reward functions, verifiers and reward models: completions to one score per sequence."""
+"""Reward functions and reward models: completions to scores. The verifiers are in `rlhf.lm.verifiers`."""
 
-import re
+import asyncio
+import inspect
+import threading
 from collections.abc import Callable, Sequence
-from numbers import Real
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,19 +12,36 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checks import InputError, brief, check_range
+from rlhf.lm.verifiers import arguments_for, as_score, exact_answer, math_answer, name_of
+from rlhf.rewards import combine_rewards
 
-# (prompts, completions, **columns) -> one score per completion. Prompts and completions are plain text; every other
-# column of the task's rows comes as a keyword, one value per completion.
-RewardFunction = Callable[..., Sequence[float]]
+__all__ = ["RewardFunction", "RewardModel", "Row", "Scores", "exact_answer", "math_answer", "name_of", "score"]
+
+# (prompts, completions, completion_ids, **columns) -> one verdict per completion, or an awaitable of them. All comes by
+# name, and a function gets what it names: texts, the completions' tokens (lists of int), and every other column of the
+# task's rows, one value per completion. A verdict is a number; None where the function does not apply; or a list of
+# numbers, one per token.
+RewardFunction = Callable[..., Any]
 
 Row = dict[str, Any]
 
 
 class Scores(NamedTuple):
-    """total [B] float32 (weighted sum) and each component [B] by name, unweighted."""
+    """The verdicts on B completions, float32."""
 
-    total: Tensor
-    components: dict[str, Tensor]
+    total: Tensor  # [B] weighted sum of the verdicts on whole completions; 0 where none applies
+    components: dict[str, Tensor]  # [B] by function, unweighted; per token: their sum; NaN where it does not apply
+    token_rewards: Tensor  # [B, T] weighted verdicts on tokens, not in total; 0 past a completion's end
+
+    @property
+    def totals(self) -> Tensor:
+        """[B]: verdicts on the whole and on tokens."""
+        return self.total + self.token_rewards.sum(-1)
+
+
+class _Verdicts(NamedTuple):
+    scores: Tensor  # [B], NaN where the function does not apply
+    per_token: Tensor | None  # [B, T] of a function that judges tokens
 
 
 def score(
@@ -31,58 +50,103 @@ def score(
     completions: Sequence[str],
     *,
     weights: Sequence[float] | None = None,
+    completion_ids: Sequence[Sequence[int]] | None = None,
 ) -> Scores:
-    """Call each reward function on all completions.
+    """Call each reward function on all completions, async ones at the same time.
 
     Args:
-        functions: each `(prompts, completions, **columns) -> list of float`.
+        functions: see `RewardFunction`.
         rows: [B] the row each completion answers; its "prompt" is passed as `prompts`, the rest as columns.
         completions: [B] texts.
         weights: one per function; all 1 if None.
+        completion_ids: [B] the completions' tokens, end of sequence included.
     Raises:
-        InputError: a function raises, returns another number of scores, or one that is not a finite number.
+        InputError: a function raises, returns another number of verdicts, or one that is not finite.
     """
     weights = [1.0] * len(functions) if weights is None else weights
     if len(weights) != len(functions):
         raise InputError(f"there must be one weight per reward function, got {len(weights)} for {len(functions)}")
     for weight in weights:
         check_range("every reward weight", weight, low_open=True, high_open=True)
+    names = [name_of(function) for function in functions]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two reward functions are named {name!r}: give one of them another __name__")
+    given = _arguments(rows, completions, completion_ids)
+    returned = _awaited(names, [_called(function, given) for function in functions], given)
+    lengths = None if completion_ids is None else [len(ids) for ids in completion_ids]
+    verdicts = [_checked(name, x, completions, lengths) for name, x in zip(names, returned, strict=True)]
+    # What is given token by token does not count among the verdicts on the whole.
+    whole = torch.stack([x.scores if x.per_token is None else x.scores * torch.nan for x in verdicts], -1)
+    total = combine_rewards(whole, weights).nan_to_num(nan=0.0)
+    token_rewards = torch.zeros(len(rows), max(lengths or [0]))
+    for verdict, weight in zip(verdicts, weights, strict=True):
+        if verdict.per_token is not None:
+            token_rewards += weight * verdict.per_token
+    return Scores(total, {name: x.scores for name, x in zip(names, verdicts, strict=True)}, token_rewards)
+
+
+def _arguments(
+    rows: Sequence[Row], completions: Sequence[str], completion_ids: Sequence[Sequence[int]] | None
+) -> dict[str, list[Any]]:
     names = rows[0].keys()
     for row in rows:
         if row.keys() != names:
             raise InputError(f"all rows must have the same columns, got {sorted(names)} and {sorted(row)}")
-    columns = {key: [row[key] for row in rows] for key in names if key != "prompt"}
-    prompts = [row["prompt"] for row in rows]
-    components: dict[str, Tensor] = {}
-    total = torch.zeros(len(rows))
-    for function, weight in zip(functions, weights, strict=True):
-        name = name_of(function)
-        if name in components:
-            raise InputError(f"two reward functions are named {name!r}: give one of them another __name__")
-        components[name] = _checked(name, _called(name, function, prompts, completions, columns), completions)
-        total += weight * components[name]
-    return Scores(total, components)
+    ours: dict[str, list[Any]] = {"prompts": [row["prompt"] for row in rows], "completions": list(completions)}
+    if completion_ids is not None:
+        ours["completion_ids"] = [list(ids) for ids in completion_ids]
+    taken = sorted(ours.keys() & names)
+    if taken:
+        raise InputError(f"reward functions get {', '.join(taken)} from the trainer: give that column another name")
+    return ours | {key: [row[key] for row in rows] for key in names if key != "prompt"}
 
 
-def name_of(function: RewardFunction) -> str:
-    """What a reward function is called in metrics and errors."""
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def _called(
-    name: str, function: RewardFunction, prompts: list[str], completions: Sequence[str], columns: dict[str, list[Any]]
-) -> Any:
+def _called(function: RewardFunction, given: dict[str, list[Any]]) -> Any:
     try:
-        return function(prompts=prompts, completions=list(completions), **columns)
+        return function(**{name: list(values) for name, values in arguments_for(function, given).items()})
     except Exception as error:
-        raise InputError(
-            f"reward function {name!r} raised {brief(error)}. It is called as {name}(prompts=[...], "
-            f"completions=[...], {', '.join(f'{key}=[...]' for key in columns)}) and returns one number per completion"
-        ) from error
+        raise _failure(name_of(function), error, given) from error
 
 
-def _checked(name: str, returned: Any, completions: Sequence[str]) -> Tensor:
-    values = returned.tolist() if hasattr(returned, "tolist") else returned  # tensors, numpy arrays
+def _awaited(names: Sequence[str], returned: Sequence[Any], given: dict[str, list[Any]]) -> list[Any]:
+    """What async functions return, waited for all at once; the rest as it is."""
+    waiting = {number: x for number, x in enumerate(returned) if inspect.isawaitable(x)}
+    if not waiting:
+        return list(returned)
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(*waiting.values(), return_exceptions=True)
+
+    results = asyncio.run_coroutine_threadsafe(together(), _event_loop()).result()
+    found = dict(zip(waiting, results, strict=True))
+    for number, result in found.items():
+        if isinstance(result, BaseException):
+            raise _failure(names[number], result, given) from result
+    return [found.get(number, x) for number, x in enumerate(returned)]
+
+
+@lru_cache(maxsize=1)
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One for the whole run, so that a client which an async function keeps open stays usable; in a thread of its own,
+    since a notebook has a loop running in ours."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
+
+
+def _failure(name: str, error: BaseException, given: dict[str, list[Any]]) -> InputError:
+    if isinstance(error, InputError):  # says all there is to say
+        return InputError(f"reward function {name!r}: {error}")
+    call = ", ".join(f"{key}=[...]" for key in given)
+    return InputError(
+        f"reward function {name!r} raised {brief(error)}. It is called as {name}({call}), or with those of them that "
+        "it names, and returns one number per completion"
+    )
+
+
+def _checked(name: str, returned: Any, completions: Sequence[str], lengths: list[int] | None) -> _Verdicts:
+    values = _plain(returned)  # tensors, numpy arrays
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise InputError(
             f"reward function {name!r} returned {str(returned)[:80]}: it must return a list of numbers, one for each "
@@ -90,42 +154,93 @@ def _checked(name: str, returned: Any, completions: Sequence[str]) -> Tensor:
         )
     if len(values) != len(completions):
         raise InputError(f"reward function {name!r} returned {len(values)} scores for {len(completions)} completions")
-    for value, completion in zip(values, completions, strict=True):
-        if not _is_score(value):
+    values = [_plain(value) for value in values]
+    if lengths is not None and any(isinstance(value, list | tuple) for value in values):
+        return _checked_per_token(name, values, completions, lengths)
+    numbers = [torch.nan if x is None else _number(name, x, c) for x, c in zip(values, completions, strict=True)]
+    return _Verdicts(torch.tensor(numbers), None)
+
+
+def _checked_per_token(name: str, values: list[Any], completions: Sequence[str], lengths: list[int]) -> _Verdicts:
+    per_token, scores = torch.zeros(len(values), max(lengths)), []
+    for number, (value, completion, length) in enumerate(zip(values, completions, lengths, strict=True)):
+        if value is not None and not (isinstance(value, list | tuple) and len(value) == length):
             raise InputError(
-                f"reward function {name!r} returned {value!r} for the completion {completion[:80]!r}: every score must "
-                "be a finite number; return 0.0 for what cannot be judged"
+                f"reward function {name!r} returned {str(value)[:80]} for the completion {completion[:80]!r} of "
+                f"{length} tokens: a function that judges tokens returns as many numbers as completion_ids has, for "
+                "each completion, or None"
             )
-    return torch.tensor([float(value) for value in values])
+        if value is not None:
+            per_token[number, :length] = torch.tensor([_number(name, x, completion) for x in value])
+        scores.append(torch.nan if value is None else float(per_token[number].sum()))
+    return _Verdicts(torch.tensor(scores), per_token)
 
 
-def _is_score(value: Any) -> bool:
-    is_number = isinstance(value, Real) or (isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex())
-    return is_number and abs(float(value)) <= torch.finfo(torch.float32).max
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _number(name: str, value: Any, completion: str) -> float:
+    try:
+        return as_score(value)
+    except ValueError:
+        raise InputError(
+            f"reward function {name!r} returned {value!r} for the completion {completion[:80]!r}: every score must "
+            "be a finite number; return 0.0 for what cannot be judged, None where the function does not apply"
+        ) from None
 
 
 class RewardModel:
     """A sequence classifier with one label as a reward function: its score of prompt + completion.
 
+    Texts are tokenized anew, so that model and tokenizer may be quite other than the actor's. A prompt's markup is not
+    translated: where the reward model has a chat template of its own, let `render` build its text from the row.
+
     Args:
         model: e.g. AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).
-        tokenizer: the model's own; it need not be the actor's.
+        tokenizer: the model's own, with a pad token.
         batch_size: texts scored at once.
+        render: (prompt, completion, **columns of the row) -> the text to score; their concatenation if None.
+    Raises:
+        InputError: several labels, no pad token, or a tokenizer with more tokens than the model knows.
     """
 
     __name__ = "reward_model"
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 64,
+        render: Callable[..., str] | None = None,
+    ) -> None:
         if model.config.num_labels != 1:
             raise InputError(f"a reward model has num_labels=1, got {model.config.num_labels}")
+        if tokenizer.pad_token_id is None:
+            raise InputError(
+                "the reward model's tokenizer has no pad token, without which the end of a text cannot be found in a "
+                "batch: set tokenizer.pad_token to a token that texts do not hold"
+            )
+        known = model.config.get_text_config().vocab_size
+        if len(tokenizer) > known:
+            raise InputError(
+                f"the tokenizer has {len(tokenizer)} tokens but the reward model knows {known}: give the model's own"
+            )
         self.model = model.eval()
         self.model.config.pad_token_id = tokenizer.pad_token_id  # where the classifier looks for a text's last token
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        self.render = render
+        # A chat template writes the first token out; a tokenizer that adds it would put it there twice.
+        adds_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        self._bos = str(tokenizer.bos_token) if adds_bos else ""
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], completions: list[str], **_: Any) -> list[float]:
-        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
+        texts = [
+            self._text(*pair, number, columns) for number, pair in enumerate(zip(prompts, completions, strict=True))
+        ]
         scores: list[float] = []
         for start in range(0, len(texts), self.batch_size):
             part = texts[start : start + self.batch_size]
@@ -135,38 +250,10 @@ class RewardModel:
             scores += self.model(**batch).logits[:, 0].float().tolist()
         return scores
 
-
-def exact_answer(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """1.0 where the completion, stripped, is the answer to the letter, else 0.0."""
-    return [float(completion.strip() == right) for completion, right in zip(completions, answer, strict=True)]
-
-
-# Parsing is a computer algebra system's work. What would keep it busy is refused before it begins: long numbers,
-# factorials, exponents of more than two digits or that are no plain number or letter.
-_LONGEST_ANSWER = 400  # characters
-_DANGEROUS = re.compile(r"\d{40,}|\d\s*!|\^(?!\s*(\{\s*)?-?(\d{1,2}|[a-zA-Z])(?![\w^.]))|\)\s*\^\s*\{?\s*\d\d")
-_EXCLAMATION = re.compile(r"!(?=[\s\"').*]|$)")
-_SECONDS = 1  # for parsing and for comparing, each
-
-
-def math_answer(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """1.0 where math-verify finds the completion's final answer equal to `answer`, else 0.0.
-
-    The final answer is the last \\boxed{...}, or what math-verify finds in the last 400 characters. Main thread only:
-    the time limit is a signal's.
-    """
-    from math_verify import parse, verify  # loads sympy: only a run on mathematics should pay that second
-
-    scores = []
-    for completion, right in zip(completions, answer, strict=True):
-        text = final_answer(completion)
-        parsed = [] if _DANGEROUS.search(text) else parse(text, parsing_timeout=_SECONDS)
-        scores.append(float(bool(parsed) and verify(parse(right), parsed, timeout_seconds=_SECONDS)))
-    return scores
-
-
-def final_answer(completion: str) -> str:
-    """Where the answer stands, without the marks that prose puts around mathematics: **bold** and "18!"."""
-    boxed = completion.rfind("\\boxed")
-    text = completion[boxed:][:_LONGEST_ANSWER] if boxed >= 0 else completion[-_LONGEST_ANSWER:]
-    return _EXCLAMATION.sub(".", text.replace("**", " "))
+    def _text(self, prompt: str, completion: str, number: int, columns: dict[str, list[Any]]) -> str:
+        if self.render is None:
+            text = prompt + completion
+        else:
+            row = {name: values[number] for name, values in columns.items()}
+            text = self.render(**arguments_for(self.render, {"prompt": prompt, "completion": completion, **row}))
+        return text.removeprefix(self._bos)

@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.lm.config import SamplingConfig, TrainerConfig
@@ -129,7 +130,7 @@ def collect(
         batch, new_texts = _draw(sampler, prompts, reward_functions, reward_weights, config, draw)
         batches.append(batch)
         texts += new_texts
-        if sum(int(has_signal(x.scores, samples).sum()) for x in batches) >= optimization.prompts_per_step:
+        if sum(int(has_signal(x.totals, samples).sum()) for x in batches) >= optimization.prompts_per_step:
             break
     batch = refill(batches, samples_per_prompt=samples) if len(batches) > 1 else batches[0]
 
@@ -146,7 +147,7 @@ def collect(
     reported = batch.untruncated_log_probs[mine, : local.action_mask.shape[1]]
     gap = (predictions.log_probs - reported).abs().float()
     gaps = accelerator.gather(torch.stack([gap.sum(), local.action_mask.sum(), gap.max()])[None])
-    drawn = torch.cat([has_signal(x.scores, samples) for x in batches])
+    drawn = torch.cat([has_signal(x.totals, samples) for x in batches])
     return Rollout(
         batch=batch,
         predictions=_gather_predictions(predictions, batch.action_mask.shape[1], accelerator),
@@ -180,17 +181,19 @@ def _draw(
 
     indices = [i for i in mine for _ in range(samples)]
     sequences, completions, texts = sampler.complete(prompts, indices, width=width, seeds=my_seeds)
-    rows = [prompts.rows[i] for i in indices]
-    scores = score(reward_functions, rows, texts, weights=reward_weights)
+    rows, ids = [prompts.rows[i] for i in indices], completion_ids(sequences)
+    scores = score(reward_functions, rows, texts, weights=reward_weights, completion_ids=ids)
     total, components = scores.total, list(scores.components.values())
     if config.algorithm.overlong_buffer:
         components.append(_overlong(sequences.action_mask, config).cpu())
         total = total + components[-1]
     greedy_scores = torch.zeros(len(rows))
     if config.algorithm.advantage == "greedy_baseline":
-        *_, answers = sampler.complete(prompts, mine, width=width, seeds=None)
-        found = score(reward_functions, [prompts.rows[i] for i in mine], answers, weights=reward_weights)
-        greedy_scores = found.total.repeat_interleave(samples)
+        greedy, _, answers = sampler.complete(prompts, mine, width=width, seeds=None)
+        ids, rows_of_greedy = completion_ids(greedy), [prompts.rows[i] for i in mine]
+        found = score(reward_functions, rows_of_greedy, answers, weights=reward_weights, completion_ids=ids)
+        greedy_scores = found.totals.repeat_interleave(samples)
+    token_rewards = pad(scores.token_rewards, (0, sequences.action_mask.shape[1] - scores.token_rewards.shape[1]))
     columns = (completions.is_finished, total, torch.stack(components, -1), greedy_scores)
     batch = Batch(
         _gather_padded(sequences.sequence_ids, sampler.tokenizer.pad_token_id, accelerator),
@@ -198,9 +201,16 @@ def _draw(
         _gather_padded(sequences.action_mask, False, accelerator),
         _gather_padded(completions.sampler_log_probs, 0.0, accelerator),
         _gather_padded(completions.untruncated_log_probs, 0.0, accelerator),
+        _gather_padded(token_rewards.to(accelerator.device), 0.0, accelerator),
         *(accelerator.gather(x.to(accelerator.device)) for x in columns),
     )
-    return batch, list(zip(rows, texts, total.tolist(), strict=True))
+    return batch, list(zip(rows, texts, (total + scores.token_rewards.sum(-1)).tolist(), strict=True))
+
+
+def completion_ids(sequences: Sequences) -> list[list[int]]:
+    """The chosen tokens of each sequence."""
+    tokens = sequences.sequence_ids[:, -sequences.action_mask.shape[1] :]
+    return [ids[mask].tolist() for ids, mask in zip(tokens, sequences.action_mask, strict=True)]
 
 
 def _overlong(action_mask: Tensor, config: TrainerConfig) -> Tensor:
@@ -222,8 +232,9 @@ def accuracy(
     right = torch.zeros(1, device=accelerator.device)
     if mine:
         width = max(len(prompts.token_ids[i]) for i in mine)
-        *_, texts = sampler.complete(prompts, mine, width=width, seeds=None if seeds is None else seeds[mine])
-        right += score([verifier], [prompts.rows[i] for i in mine], texts).total.sum().to(right)
+        found, _, texts = sampler.complete(prompts, mine, width=width, seeds=None if seeds is None else seeds[mine])
+        rows, ids = [prompts.rows[i] for i in mine], completion_ids(found)
+        right += score([verifier], rows, texts, completion_ids=ids).totals.sum().to(right)
     return float(accelerator.reduce(right, reduction="sum")) / count
 
 
@@ -242,7 +253,7 @@ def _gather_predictions(predictions: Predictions, length: int, accelerator: Acce
     """Of all processes, padded to `length` completion tokens."""
 
     def gathered(x: Tensor) -> Tensor:
-        return accelerator.gather(torch.nn.functional.pad(x, (0, length - x.shape[1])))
+        return accelerator.gather(pad(x, (0, length - x.shape[1])))
 
     return Predictions(
         gathered(predictions.log_probs),

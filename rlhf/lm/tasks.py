@@ -10,7 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.checks import InputError, brief, check_range
-from rlhf.lm.rewards import RewardFunction, Row, exact_answer, math_answer
+from rlhf.lm.config import SourceConfig
+from rlhf.lm.rewards import RewardFunction, Row
+from rlhf.lm.verifier_pool import VerifierPool
+from rlhf.lm.verifiers import exact_answer, math_answer, math_answer_without_limit
 from rlhf.run.seeding import generator_for
 
 TASKS = ("arithmetic", "gsm8k")
@@ -27,7 +30,14 @@ class Task:
     add_special_tokens: bool = True  # False where the prompt's text holds them already, as a chat template's does
 
 
-def load_task(name: str, *, data: str | None, tokenizer: PreTrainedTokenizerBase, plain_prompts: bool = False) -> Task:
+def load_task(
+    name: str,
+    *,
+    data: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    plain_prompts: bool = False,
+    verifier: RewardFunction | None = None,
+) -> Task:
     """The task by name.
 
     Args:
@@ -35,6 +45,7 @@ def load_task(name: str, *, data: str | None, tokenizer: PreTrainedTokenizerBase
         data: for gsm8k a folder with train.jsonl and test.jsonl, or a hub id; arithmetic takes none.
         tokenizer: its chat template renders questions put to a pretrained model.
         plain_prompts: put the question as plain text instead, for models without a chat template.
+        verifier: of gsm8k's answers; `math_verifier()` if None. Arithmetic compares strings.
     Raises:
         InputError: unknown task, missing or unreadable data, a row without a needed column, no chat template.
     """
@@ -43,7 +54,7 @@ def load_task(name: str, *, data: str | None, tokenizer: PreTrainedTokenizerBase
             raise InputError(f"task 'arithmetic' makes its own problems and takes no data, got {data!r}")
         return arithmetic()
     if name == "gsm8k":
-        return gsm8k(data, tokenizer, plain_prompts=plain_prompts)
+        return gsm8k(data, tokenizer, plain_prompts=plain_prompts, verifier=verifier)
     raise InputError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
 
 
@@ -73,7 +84,29 @@ def addition_row(a: int, b: int) -> Row:
     return {"prompt": f"{a}+{b}=", "answer": str(a + b)[::-1]}
 
 
-def gsm8k(data: str | None, tokenizer: PreTrainedTokenizerBase, *, plain_prompts: bool = False) -> Task:
+def math_verifier(source: SourceConfig | None = None) -> RewardFunction:
+    """`math_answer` in worker processes that can be killed; with verifier_workers=0 in this one."""
+    source = SourceConfig() if source is None else source
+    if source.verifier_workers == 0:
+        return math_answer
+    return VerifierPool(
+        math_answer_without_limit,
+        workers=source.verifier_workers,
+        timeout=source.verifier_timeout,
+        memory_mb=source.verifier_memory_mb,
+        strict=source.verifier_strict,
+        preload=["math_verify"],
+        name="math_answer",
+    )
+
+
+def gsm8k(
+    data: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    plain_prompts: bool = False,
+    verifier: RewardFunction | None = None,
+) -> Task:
     """Grade-school word problems (Cobbe et al. 2021, arXiv:2110.14168); answers checked by math-verify."""
     if data is None:
         raise InputError("task 'gsm8k' needs --data: a folder with train.jsonl and test.jsonl, or a hub id")
@@ -87,7 +120,7 @@ def gsm8k(data: str | None, tokenizer: PreTrainedTokenizerBase, *, plain_prompts
         "gsm8k",
         _gsm8k_rows(train, "train", tokenizer, plain_prompts),
         _gsm8k_rows(test, "test", tokenizer, plain_prompts),
-        math_answer,
+        math_verifier() if verifier is None else verifier,
         add_special_tokens=plain_prompts,
     )
 

@@ -17,11 +17,12 @@ from rlhf.lm.config import TrainerConfig
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
 from rlhf.lm.generation import Engine, build_engine
 from rlhf.lm.models import assemble_roles, end_token_ids, load_actor
-from rlhf.lm.report import LIVE_COLUMNS, collection_metrics, draw_plots, sample_rows
+from rlhf.lm.report import LIVE_COLUMNS, collection_metrics, draw_plots, sample_rows, verifier_counts
 from rlhf.lm.rewards import RewardFunction, RewardModel
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
 from rlhf.lm.tasks import Task
 from rlhf.lm.update import Learner, update
+from rlhf.lm.verifier_pool import running
 from rlhf.run import (
     JsonLines,
     LiveView,
@@ -79,7 +80,7 @@ class Trainer:
         self.reward_functions = [task.verifier] if reward_functions is None else list(reward_functions)
         self.reward_weights = reward_weights
         check_processes(config, accelerator)
-        check_rewards(self.reward_functions, reward_weights, task)
+        check_rewards(self.reward_functions, reward_weights, task, tokenizer)
         for function in self.reward_functions:
             if isinstance(function, RewardModel):
                 function.model.to(accelerator.device)
@@ -170,7 +171,7 @@ class Trainer:
     def train(self) -> dict[str, float]:
         """Run to the end. Returns the held-out accuracies before (`initial/...`) and after (`final/...`)."""
         config, main = self.config, self.accelerator.is_main_process
-        start = self.step
+        start, functions = self.step, [*self.reward_functions, self.task.verifier]
         if config.run.log_with:
             flat = {f"{topic}.{name}": str(v) for topic, f in config.as_dict().items() for name, v in f.items()}
             self.accelerator.init_trackers("rlhf", config=flat)
@@ -179,17 +180,19 @@ class Trainer:
             LiveView(title, config.optimization.steps, LIVE_COLUMNS, start_step=self.step, enabled=main) as view,
             MetricsLog(self.folder.metrics, self.accelerator) as metrics_log,
             JsonLines(self.folder.samples) if main else nullcontext() as samples_log,
+            running(functions),
         ):
             if self.step == 0:
                 view.say(f"evaluating on {self._held_out_count()} held-out prompts before training")
                 evaluation = self._evaluate(view)
                 self.first_evaluation = {name: x for name, x in evaluation.items() if not name.startswith("time/")}
-                metrics_log.write(0, evaluation)
+                metrics_log.write(0, evaluation | verifier_counts(functions, self.accelerator))
             while self.step < config.optimization.steps:
                 metrics, samples = self.train_step()
                 if self._is_due(config.run.eval_every) or self.step == config.optimization.steps:
                     evaluation = self._evaluate(view)
                     metrics |= evaluation
+                metrics |= verifier_counts(functions, self.accelerator)
                 metrics_log.write(self.step, metrics)
                 if samples_log is not None:
                     for sample in samples:
@@ -223,6 +226,7 @@ class Trainer:
             config.algorithm,
             kl_reward_coef=self.kl_coef,
             sampler_log_probs=batch.sampler_log_probs,
+            token_rewards=batch.token_rewards,
             greedy_scores=batch.greedy_scores,
             components=batch.components,
             weights=[*weights, *[1.0] * (len(rollout.reward_names) - len(weights))],
