@@ -5,13 +5,13 @@ output our number, our number and where to compare it, or the reason why this ca
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.kl import KLEstimator, adapt_kl_coef_proportionally, kl_estimate
+from rlhf.lm.head import Head, token_terms
 from rlhf.losses import categorical_entropy
 from rlhf.masking import masked_mean, masked_var, masked_whiten
 from rlhf.reduce import token_mean
@@ -87,17 +87,10 @@ def row_by_row(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, mask: Te
 
 
 def chosen_log_probs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """log softmax(logits / temperature) at the labels, through the trainer's own function: a model that says these."""
-    from rlhf.lm.logprobs import policy_output  # here: it loads transformers
-
-    after_prompt = torch.cat([logits, torch.zeros_like(logits[:, :1])], dim=1)  # one prompt token, T chosen ones
-
-    def model(**_: Any) -> SimpleNamespace:
-        return SimpleNamespace(logits=after_prompt)
-
-    ids = torch.cat([torch.zeros_like(labels[:, :1]), labels], dim=1)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    return policy_output(model, ids, mask, mask[:, 1:], temperature=temperature).log_probs  # type: ignore[arg-type]
+    """log softmax(logits / temperature) at the labels, through the trainer's own function: an identity for a head."""
+    head = Head(torch.eye(logits.shape[-1], dtype=logits.dtype))
+    terms = token_terms(logits.flatten(0, -2), head, labels.flatten(), temperature=temperature)
+    return terms.log_probs.view_as(labels)
 
 
 def log_probs_of(labels: str, output: str) -> Adapter:
