@@ -8,7 +8,7 @@ Each variant makes the gradient of one optimizer step (forward and backward of t
 from the same sequences, in turn, round after round; ratios are medians over rounds. Every gradient is compared with the
 first variant's. Peak memory is that of a fresh process beyond the model and its gradients. The floor is 6 FLOPs per
 parameter and real token of the trunk, per entry of the output matrix and action of the head, at the speed of a large
-matrix product measured in the same run.
+matrix product measured in the same run. On a CPU all but "wall" is process time: a busy neighbour stretches the wall's.
 """
 
 import multiprocessing
@@ -207,11 +207,12 @@ def compare(args: Args, vocabulary: int | None, *, ragged: bool) -> None:
             peak = pool.apply(peak_bytes, (args, vocabulary, ragged, name))
         wall, cpu = (statistics.median(x[i] for x in seconds[name][1:]) for i in (0, 1))
         measured = 1 if args.device == "cpu" else 0
+        spent = (wall, cpu)[measured]
         pairs = zip(seconds["plain"][1:], seconds[name][1:], strict=True)
         ratio = statistics.median(a[measured] / b[measured] for a, b in pairs)
-        cells = [f"{size:,}", "ragged" if ragged else "fixed", name, str(len(variant.parts)), f"{tokens / wall:,.0f}"]
+        cells = [f"{size:,}", "ragged" if ragged else "fixed", name, str(len(variant.parts)), f"{tokens / spent:,.0f}"]
         cells += [f"{wall * 1e3:.0f}", f"{cpu * 1e3:.0f}", f"{ratio:.2f}", f"{peak / 2**20:.0f}"]
-        print(f"| {' | '.join(cells)} | {(cpu if args.device == 'cpu' else wall) / floor:.1f} |", flush=True)
+        print(f"| {' | '.join(cells)} | {spent / floor:.1f} |", flush=True)
 
 
 def main(args: Args) -> None:

@@ -154,7 +154,7 @@ class _ChunkedTerms(torch.autograd.Function):
             for part in _slices(len(hidden), settings.rows):
                 logits = None if kept is not None else _logits(hidden[part], head, settings)
                 log_p = kept if logits is None else logits.log_softmax(-1)
-                slope = log_p.new_zeros(len(log_p), 1)  # of the loss in log p, so that d loss / d z = p slope + ...
+                slope = log_p.new_zeros(len(log_p), 1)  # d loss / d logits = p slope + onehot d_log_probs
                 if d_log_probs is not None:
                     slope = slope - d_log_probs[part, None]
                 if d_entropy is not None:
