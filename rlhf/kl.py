@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from rlhf.checks import check_choice, check_float, check_mask, check_range, check_same_shape
 from rlhf.masking import fill_masked
@@ -104,10 +105,40 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, action_mask: Tensor) -> Tensor:
     check_float(logits=logits, ref_logits=ref_logits)
     check_same_shape(logits_without_last_axis=logits[..., 0], action_mask=action_mask)
     check_mask(action_mask=action_mask)
-    log_p = torch.where(action_mask.unsqueeze(-1), logits, 0.0).log_softmax(-1)
-    log_q = torch.where(action_mask.unsqueeze(-1), ref_logits.detach(), 0.0).log_softmax(-1)
+    kl: Tensor = _ExactKL.apply(logits, ref_logits.detach(), action_mask)
+    return kl
+
+
+class _ExactKL(torch.autograd.Function):
+    """sum p log(p / q), with its gradient p (log(p / q) - KL); keeps its arguments, nothing between."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(logits: Tensor, ref_logits: Tensor, action_mask: Tensor) -> Tensor:
+        p, log_ratio = _p_and_log_ratio(logits, ref_logits, action_mask)
+        return p.mul_(log_ratio).sum(-1)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, kl_grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, ref_logits, action_mask, kl = ctx.saved_tensors  # type: ignore[attr-defined]
+        p, log_ratio = _p_and_log_ratio(logits, ref_logits, action_mask)
+        grad = p * (log_ratio - kl.unsqueeze(-1)) * kl_grad.unsqueeze(-1)
+        return torch.where(action_mask.unsqueeze(-1), grad, 0.0), None, None
+
+
+def _p_and_log_ratio(logits: Tensor, ref_logits: Tensor, action_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """p and log(p / q); the latter 0 where p is."""
+    log_p, log_q = (torch.where(action_mask.unsqueeze(-1), x, 0.0).log_softmax(-1) for x in (logits, ref_logits))
+    log_ratio = log_p - log_q
+    del log_q
     p = log_p.exp()
-    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)  # 0 log 0 = 0, in the gradient too
+    del log_p
+    return p, log_ratio.masked_fill_(p == 0, 0.0)  # 0 log 0 = 0, in the gradient too
 
 
 def adapt_kl_coef_proportionally(
