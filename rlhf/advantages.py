@@ -123,7 +123,7 @@ def td0_returns(
     Source: Sutton & Barto 2018, eq. 6.2.
     """
     steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
-    return _n_steps(steps, _filled(values, steps), gamma, 1)
+    return _carry(steps, steps.rewards, gamma, worth=_filled(values, steps), weight=0.0)
 
 
 def n_step_returns(
@@ -152,7 +152,13 @@ def n_step_returns(
     """
     check_range("n", n, low=1)
     steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
-    return _n_steps(steps, _filled(values, steps), gamma, min(n, rewards.shape[-1]))
+    following = _next_action(steps)
+    # In one piece, with a 0 at its end for what follows nothing.
+    padded = torch.nn.functional.pad(_filled(values, steps).flatten(), (0, 1))
+    returns = padded[:-1].view_as(steps.rewards)
+    for _ in range(min(n, rewards.shape[-1])):
+        torch.add(steps.rewards, padded.index_select(0, following).view_as(returns), alpha=gamma, out=returns)
+    return returns
 
 
 def td_lambda_returns(
@@ -365,14 +371,14 @@ def _carry(steps: _Steps, x: Tensor, gamma: float, *, weight: float = 1.0, worth
     return reverse_linear_scan_(x, decay).masked_fill_(~steps.action_mask, 0.0)
 
 
-def _n_steps(steps: _Steps, y: Tensor, gamma: float, n: int) -> Tensor:
-    """y_t = r_t + gamma * y_{next action}, n times over, beginning with the values; overwrites y."""
-    for _ in range(n):
-        following, y = _through_gaps_(y, steps.action_mask), steps.rewards.clone()
-        _add_next_(y, following, steps, gamma)
-        del following
-        y.masked_fill_(~steps.action_mask, 0.0)
-    return y
+def _next_action(steps: _Steps) -> Tensor:
+    """Place of the next action of the same episode among all slots, their number if there is none: [slots] int32."""
+    slots = steps.action_mask.numel()
+    places = torch.arange(-slots, 0, dtype=torch.int32, device=steps.action_mask.device).view_as(steps.action_mask)
+    places.masked_fill_(~steps.action_mask, 0)
+    first_from_here = reverse_linear_scan_(places, (~steps.action_mask).int())
+    following = torch.nn.functional.pad(first_from_here[..., 1:], (0, 1))
+    return following.masked_fill_(~_continues(steps), 0).add_(slots).flatten()
 
 
 def _through_gaps_(x: Tensor, action_mask: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ another matter, and it depends on where the estimate stands:
   is the *reversed* KL's, KL(pi_ref || pi), and only near pi_ref are they alike.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from rlhf.categorical import expected_log, masked_log_softmax
 from rlhf.checks import check_choice, check_float, check_mask, check_range, check_same_shape
 from rlhf.masking import fill_masked
 
@@ -105,40 +106,11 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, action_mask: Tensor) -> Tensor:
     check_float(logits=logits, ref_logits=ref_logits)
     check_same_shape(logits_without_last_axis=logits[..., 0], action_mask=action_mask)
     check_mask(action_mask=action_mask)
-    kl: Tensor = _ExactKL.apply(logits, ref_logits.detach(), action_mask)
-    return kl
-
-
-class _ExactKL(torch.autograd.Function):
-    """sum p log(p / q), with its gradient p (log(p / q) - KL); keeps its arguments, nothing between."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(logits: Tensor, ref_logits: Tensor, action_mask: Tensor) -> Tensor:
-        p, log_ratio = _p_and_log_ratio(logits, ref_logits, action_mask)
-        return p.mul_(log_ratio).sum(-1)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, kl_grad: Tensor) -> tuple[Tensor, None, None]:
-        logits, ref_logits, action_mask, kl = ctx.saved_tensors  # type: ignore[attr-defined]
-        p, log_ratio = _p_and_log_ratio(logits, ref_logits, action_mask)
-        grad = p * (log_ratio - kl.unsqueeze(-1)) * kl_grad.unsqueeze(-1)
-        return torch.where(action_mask.unsqueeze(-1), grad, 0.0), None, None
-
-
-def _p_and_log_ratio(logits: Tensor, ref_logits: Tensor, action_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """p and log(p / q); the latter 0 where p is."""
-    log_p, log_q = (torch.where(action_mask.unsqueeze(-1), x, 0.0).log_softmax(-1) for x in (logits, ref_logits))
-    log_ratio = log_p - log_q
-    del log_q
-    p = log_p.exp()
-    del log_p
-    return p, log_ratio.masked_fill_(p == 0, 0.0)  # 0 log 0 = 0, in the gradient too
+    log_p = masked_log_softmax(logits, action_mask)
+    log_ratio = log_p - masked_log_softmax(ref_logits.detach(), action_mask)
+    # 0 log 0 = 0, in the gradient too. Behind autograd's back: p, which is 0 there, is a factor of every derivative.
+    log_ratio.detach().masked_fill_(log_p < math.log(torch.finfo(log_p.dtype).tiny), 0.0)
+    return expected_log(log_p, log_ratio)
 
 
 def adapt_kl_coef_proportionally(

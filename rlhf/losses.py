@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from rlhf.categorical import expected_log, masked_log_softmax
 from rlhf.checks import InputError, check_float, check_mask, check_range, check_same_shape
 from rlhf.masking import fill_masked
 
@@ -251,36 +251,9 @@ def categorical_entropy(logits: Tensor, action_mask: Tensor) -> Tensor:
     check_float(logits=logits)
     check_mask(action_mask=action_mask)
     check_same_shape(logits_without_last_axis=logits[..., 0], action_mask=action_mask)
-    entropy: Tensor = _Entropy.apply(logits, action_mask)
-    return entropy
-
-
-class _Entropy(torch.autograd.Function):
-    """-sum p log p of softmax(logits), with its gradient -p (log p + entropy); keeps its arguments, nothing between."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(logits: Tensor, action_mask: Tensor) -> Tensor:
-        p, log_p = _p_and_log_p(logits, action_mask)
-        return fill_masked(p.mul_(log_p).sum(-1).neg_(), action_mask)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, entropy_grad: Tensor) -> tuple[Tensor, None]:
-        logits, action_mask, entropy = ctx.saved_tensors  # type: ignore[attr-defined]
-        p, log_p = _p_and_log_p(logits, action_mask)
-        grad = p * (log_p + entropy.unsqueeze(-1)) * -entropy_grad.unsqueeze(-1)
-        return torch.where(action_mask.unsqueeze(-1), grad, 0.0), None
-
-
-def _p_and_log_p(logits: Tensor, action_mask: Tensor) -> tuple[Tensor, Tensor]:
-    log_p = torch.where(action_mask.unsqueeze(-1), logits, 0.0).log_softmax(-1)
-    log_p = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # 0 log 0 = 0, in the gradient too
-    return log_p.exp(), log_p
+    log_p = masked_log_softmax(logits, action_mask)
+    finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # 0 log 0 = 0, in the gradient too
+    return fill_masked(-expected_log(log_p, finite), action_mask)
 
 
 def _log_ratio(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor) -> Tensor:
