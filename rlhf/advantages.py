@@ -152,12 +152,12 @@ def n_step_returns(
     """
     check_range("n", n, low=1)
     steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
-    following = _next_action(steps)
-    # In one piece, with a 0 at its end for what follows nothing.
-    padded = torch.nn.functional.pad(_filled(values, steps).flatten(), (0, 1))
-    returns = padded[:-1].view_as(steps.rewards)
+    following, rewards, flat = _next_action(steps), steps.rewards, _filled(values, steps).flatten()
+    del steps
+    flat = torch.nn.functional.pad(flat, (0, 1))  # a 0 at the end for what follows nothing
+    returns = flat[:-1].view_as(rewards)
     for _ in range(min(n, rewards.shape[-1])):
-        torch.add(steps.rewards, padded.index_select(0, following).view_as(returns), alpha=gamma, out=returns)
+        torch.add(rewards, flat.index_select(0, following).view_as(returns), alpha=gamma, out=returns)
     return returns
 
 
@@ -276,10 +276,11 @@ def vtrace(
     check_same_shape(log_probs=log_probs, behavior_log_probs=behavior_log_probs, action_mask=action_mask)
     check_float(log_probs=log_probs, behavior_log_probs=behavior_log_probs)
     steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
-    values = _filled(values, steps)
-    delta = steps.rewards.sub_(values)
-    _add_next_(delta, _through_gaps_(values.clone(), action_mask), steps, gamma)
+    delta, following = steps.rewards, _filled(values, steps)
+    delta.sub_(following)
+    _add_next_(delta, _through_gaps_(following, action_mask), steps, gamma)
     delta.masked_fill_(~action_mask, 0.0)
+    del following
     ratio = fill_masked((log_probs - behavior_log_probs).detach(), action_mask).exp_().to(rewards.dtype)
     weight = ratio.clamp(max=c_clip).mul_(gamma * vtrace_lambda).masked_fill_(~_continues(steps), 0.0)
     weight.masked_fill_(~action_mask, 1.0)  # gaps pass on what they are given
@@ -287,7 +288,7 @@ def vtrace(
     del weight
     _add_next_(delta, correction, steps, gamma * vtrace_lambda)  # now q_t - V(s_t)
     advantages = ratio.clamp_(max=advantage_rho_clip).mul_(delta).masked_fill_(~action_mask, 0.0)
-    return VTraceEstimate(advantages, correction.masked_fill_(~action_mask, 0.0).add_(values))
+    return VTraceEstimate(advantages, correction.masked_fill_(~action_mask, 0.0).add_(_filled(values, steps)))
 
 
 def reinforce_plus_plus_advantages(

@@ -35,8 +35,14 @@ class _ExpectedLog(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         log_p, x = ctx.saved_tensors  # type: ignore[attr-defined]
         return log_p.exp() * x * grad.unsqueeze(-1), None
+
+    @staticmethod
+    def jvp(ctx: FunctionCtx, log_p_tangent: Tensor, x_tangent: Tensor) -> Tensor:
+        log_p, x = ctx.saved_tensors  # type: ignore[attr-defined]
+        return (log_p.exp() * x * log_p_tangent).sum(-1)

@@ -64,8 +64,8 @@ def kl_estimate(
     estimate = _estimate(difference, estimator, clamp_input, clamp_output)
     if not straight_through:
         return estimate
-    k2 = 0.5 * difference.square()
-    return estimate.detach() + (k2 - k2.detach())
+    k2 = (difference * difference).mul_(0.5)
+    return (k2 - k2.detach()).add_(estimate.detach())
 
 
 def _estimate(
@@ -82,7 +82,7 @@ def _estimate(
     if estimator == "k1":
         estimate = difference
     elif estimator == "k2":
-        estimate = 0.5 * difference.square()
+        estimate = (difference * difference).mul_(0.5)
     elif estimator == "k3":
         estimate = torch.expm1(-difference) + difference
     else:
