@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlhf.checks import InputError, check_float, check_mask, check_range, check_same_shape, check_time_axis
 from rlhf.masking import fill_masked, masked_whiten
-from rlhf.scan import reverse_linear_scan, reverse_linear_scan_
+from rlhf.scan import reverse_linear_scan_
 
 
 class AdvantageEstimate(NamedTuple):
@@ -90,10 +90,14 @@ def episode_returns(
     """
     steps = _steps(rewards, None, action_mask, gamma, terminated, truncated, bootstrap_values)
     to_go = _carry(steps, steps.rewards, gamma)
-    # An episode starts at an action whose predecessor does not continue. Forwards in time, keep the start's return.
-    starts = action_mask & ~_continued_before(steps)
-    kept = reverse_linear_scan((to_go * starts).flip(-1), (~starts).to(to_go.dtype).flip(-1)).flip(-1)
-    return fill_masked(kept, action_mask)
+    # An episode starts at an action whose predecessor, if any, does not continue. Forwards in time, that is backwards
+    # along flipped rows: what continues is carried through gaps, then each start's return through its episode.
+    continued = _through_gaps_(_continues(steps).flip(-1).to(to_go.dtype), action_mask.flip(-1)) > 0
+    starts = action_mask.flip(-1) & ~torch.nn.functional.pad(continued[..., 1:], (0, 1))
+    kept = to_go.flip(-1).masked_fill_(~starts, 0.0)
+    del to_go
+    kept = reverse_linear_scan_(kept, (~starts).to(kept.dtype)).flip(-1)
+    return kept.masked_fill_(~action_mask, 0.0)
 
 
 def td0_returns(
@@ -119,7 +123,7 @@ def td0_returns(
     Source: Sutton & Barto 2018, eq. 6.2.
     """
     steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
-    return _n_steps(steps, _filled(values, steps), gamma, 1)
+    return _carry(steps, steps.rewards, gamma, worth=_filled(values, steps), weight=0.0)
 
 
 def n_step_returns(
@@ -148,7 +152,13 @@ def n_step_returns(
     """
     check_range("n", n, low=1)
     steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
-    return _n_steps(steps, _filled(values, steps), gamma, min(n, rewards.shape[-1]))
+    following, rewards, flat = _next_action(steps), steps.rewards, _filled(values, steps).flatten()
+    del steps
+    flat = torch.nn.functional.pad(flat, (0, 1))  # a 0 at the end for what follows nothing
+    returns = flat[:-1].view_as(rewards)
+    for _ in range(min(n, rewards.shape[-1])):
+        torch.add(rewards, flat.index_select(0, following).view_as(returns), alpha=gamma, out=returns)
+    return returns
 
 
 def td_lambda_returns(
@@ -266,17 +276,19 @@ def vtrace(
     check_same_shape(log_probs=log_probs, behavior_log_probs=behavior_log_probs, action_mask=action_mask)
     check_float(log_probs=log_probs, behavior_log_probs=behavior_log_probs)
     steps = _steps(rewards, values, action_mask, gamma, terminated, truncated, bootstrap_values)
-    values = _filled(values, steps)
+    delta, following = steps.rewards, _filled(values, steps)
+    delta.sub_(following)
+    _add_next_(delta, _through_gaps_(following, action_mask), steps, gamma)
+    delta.masked_fill_(~action_mask, 0.0)
+    del following
     ratio = fill_masked((log_probs - behavior_log_probs).detach(), action_mask).exp_().to(rewards.dtype)
-
-    following = _next_action(action_mask)
-    delta = steps.rewards.sub_(values).add_(_at_next(values, following, steps), alpha=gamma)
-    weight = (ratio.clamp(max=c_clip) * gamma * vtrace_lambda).masked_fill_(~_continues(steps), 0.0)
+    weight = ratio.clamp(max=c_clip).mul_(gamma * vtrace_lambda).masked_fill_(~_continues(steps), 0.0)
     weight.masked_fill_(~action_mask, 1.0)  # gaps pass on what they are given
-    correction = reverse_linear_scan_(ratio.clamp(max=rho_clip).mul_(delta), weight)  # v_t - V(s_t)
-    correction.masked_fill_(~action_mask, 0.0)
-    q_minus_value = delta.add_(_at_next(correction, following, steps), alpha=gamma * vtrace_lambda)
-    return VTraceEstimate(ratio.clamp_(max=advantage_rho_clip).mul_(q_minus_value), correction.add_(values))
+    correction = reverse_linear_scan_(ratio.clamp(max=rho_clip).mul_(delta), weight)  # v_t - V(s_t); gaps: the next one
+    del weight
+    _add_next_(delta, correction, steps, gamma * vtrace_lambda)  # now q_t - V(s_t)
+    advantages = ratio.clamp_(max=advantage_rho_clip).mul_(delta).masked_fill_(~action_mask, 0.0)
+    return VTraceEstimate(advantages, correction.masked_fill_(~action_mask, 0.0).add_(_filled(values, steps)))
 
 
 def reinforce_plus_plus_advantages(
@@ -351,46 +363,38 @@ def _carry(steps: _Steps, x: Tensor, gamma: float, *, weight: float = 1.0, worth
     A gap holds what it passes back, gamma * (worth + weight * y) of the next action, until it is set to 0 at the end.
     So a step's factor depends on the slot after it alone: another action, which is discounted, or a gap.
     """
+    if worth is not None:
+        _add_next_(x, worth, steps, gamma)
     acts_next = torch.nn.functional.pad(steps.action_mask[..., 1:], (0, 1))
     decay = torch.where(acts_next, x.new_full((), gamma * weight), 1.0)
-    if worth is not None:
-        following = worth[..., 1:] if steps.ended is None else worth[..., 1:].masked_fill(steps.ended[..., :-1], 0.0)
-        x[..., :-1].add_(following, alpha=gamma)
     if steps.ended is not None:
         decay.masked_fill_(steps.ended, 0.0)
     return reverse_linear_scan_(x, decay).masked_fill_(~steps.action_mask, 0.0)
 
 
-def _n_steps(steps: _Steps, values: Tensor, gamma: float, n: int) -> Tensor:
-    """y_t = r_t + gamma * y_{next action}, n times over, beginning with y = V."""
-    following, y = _next_action(steps.action_mask), values
-    for _ in range(n):
-        y = _at_next(y, following, steps).mul_(gamma).add_(steps.rewards)
-    return y
+def _next_action(steps: _Steps) -> Tensor:
+    """Place of the next action of the same episode among all slots, their number if there is none: [slots] int32."""
+    slots = steps.action_mask.numel()
+    places = torch.arange(-slots, 0, dtype=torch.int32, device=steps.action_mask.device).view_as(steps.action_mask)
+    places.masked_fill_(~steps.action_mask, 0)
+    first_from_here = reverse_linear_scan_(places, (~steps.action_mask).int())
+    following = torch.nn.functional.pad(first_from_here[..., 1:], (0, 1))
+    return following.masked_fill_(~_continues(steps), 0).add_(slots).flatten()
 
 
-def _next_action(action_mask: Tensor) -> Tensor:
-    """Place of the row's first action after each slot, counted from 1, 0 if there is none: [..., T] int64."""
-    places = torch.arange(1, action_mask.shape[-1] + 1, dtype=torch.int32, device=action_mask.device)
-    first_from_here = reverse_linear_scan_(torch.where(action_mask, places, 0), (~action_mask).int())
-    return torch.nn.functional.pad(first_from_here[..., 1:], (0, 1)).long()
+def _through_gaps_(x: Tensor, action_mask: Tensor) -> Tensor:
+    """Gaps, 0 in x, take what the row's next action holds, if there is one; overwrites x."""
+    return reverse_linear_scan_(x, (~action_mask).to(x.dtype))
 
 
-def _at_next(x: Tensor, following: Tensor, steps: _Steps) -> Tensor:
-    """x at the next action of the same episode, 0 if there is none and in masked slots."""
-    found = torch.nn.functional.pad(x, (1, 0)).gather(-1, following)
-    return found.masked_fill_(~_continues(steps), 0.0)
+def _add_next_(x: Tensor, following: Tensor, steps: _Steps, scale: float) -> None:
+    """x_t += scale * following_{t+1}, unless an episode ends at t."""
+    after = following[..., 1:]
+    if steps.ended is not None:
+        after = after.masked_fill(steps.ended[..., :-1], 0.0)
+    x[..., :-1].add_(after, alpha=scale)
 
 
 def _continues(steps: _Steps) -> Tensor:
     """Where the row's next action, if there is one, belongs to the same episode: [..., T] bool."""
     return steps.action_mask if steps.ended is None else steps.action_mask & ~steps.ended
-
-
-def _continued_before(steps: _Steps) -> Tensor:
-    """Whether the row's previous action continues into each slot: [..., T] bool."""
-    last = torch.arange(steps.action_mask.shape[-1], device=steps.action_mask.device)
-    position = torch.where(steps.action_mask, last, -1).cummax(-1).values
-    previous = torch.nn.functional.pad(position[..., :-1], (1, 0), value=-1)
-    continues = torch.nn.functional.pad(_continues(steps), (1, 0))  # slot 0: before the first action nothing continues
-    return continues.gather(-1, previous + 1)

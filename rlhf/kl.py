@@ -9,11 +9,13 @@ another matter, and it depends on where the estimate stands:
   is the *reversed* KL's, KL(pi_ref || pi), and only near pi_ref are they alike.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from rlhf.categorical import expected_log, masked_log_softmax
 from rlhf.checks import check_choice, check_float, check_mask, check_range, check_same_shape
 from rlhf.masking import fill_masked
 
@@ -62,8 +64,8 @@ def kl_estimate(
     estimate = _estimate(difference, estimator, clamp_input, clamp_output)
     if not straight_through:
         return estimate
-    k2 = 0.5 * difference.square()
-    return estimate.detach() + (k2 - k2.detach())
+    k2 = (difference * difference).mul_(0.5)
+    return (k2 - k2.detach()).add_(estimate.detach())
 
 
 def _estimate(
@@ -80,7 +82,7 @@ def _estimate(
     if estimator == "k1":
         estimate = difference
     elif estimator == "k2":
-        estimate = 0.5 * difference.square()
+        estimate = (difference * difference).mul_(0.5)
     elif estimator == "k3":
         estimate = torch.expm1(-difference) + difference
     else:
@@ -104,10 +106,11 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, action_mask: Tensor) -> Tensor:
     check_float(logits=logits, ref_logits=ref_logits)
     check_same_shape(logits_without_last_axis=logits[..., 0], action_mask=action_mask)
     check_mask(action_mask=action_mask)
-    log_p = torch.where(action_mask.unsqueeze(-1), logits, 0.0).log_softmax(-1)
-    log_q = torch.where(action_mask.unsqueeze(-1), ref_logits.detach(), 0.0).log_softmax(-1)
-    p = log_p.exp()
-    return (p * torch.where(p > 0, log_p - log_q, 0.0)).sum(-1)  # 0 log 0 = 0, in the gradient too
+    log_p = masked_log_softmax(logits, action_mask)
+    log_ratio = log_p - masked_log_softmax(ref_logits.detach(), action_mask)
+    # 0 log 0 = 0, in the gradient too. Behind autograd's back: p, which is 0 there, is a factor of every derivative.
+    log_ratio.detach().masked_fill_(log_p < math.log(torch.finfo(log_p.dtype).tiny), 0.0)
+    return expected_log(log_p, log_ratio)
 
 
 def adapt_kl_coef_proportionally(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf.categorical import expected_log, masked_log_softmax
 from rlhf.checks import InputError, check_float, check_mask, check_range, check_same_shape
 from rlhf.masking import fill_masked
 
@@ -60,7 +61,7 @@ def reinforce_loss(
     check_same_shape(log_probs=log_probs, returns=returns, baseline=baseline, action_mask=action_mask)
     check_float(log_probs=log_probs, returns=returns, baseline=baseline)
     advantages = returns.detach() if baseline is None else returns.detach() - baseline.detach()
-    return -fill_masked(advantages, action_mask) * fill_masked(log_probs, action_mask)
+    return fill_masked(advantages, action_mask).neg_() * fill_masked(log_probs, action_mask)
 
 
 def actor_critic_loss(log_probs: Tensor, values: Tensor, td_targets: Tensor, action_mask: Tensor) -> ActorCriticTerms:
@@ -99,9 +100,9 @@ def importance_weighted_loss(
         InputError: shapes differ or the mask is not bool.
     Source: Degris et al. 2012, arXiv:1205.4839; Schulman et al. 2015, arXiv:1502.05477 (TRPO).
     """
-    log_ratio, advantages = _log_ratio_and_advantages(log_probs, behavior_log_probs, advantages, action_mask)
-    ratio = log_ratio.detach().exp()
-    return SurrogateTerms(_weighted(log_ratio, -advantages), ratio, torch.zeros_like(action_mask))
+    log_ratio = _log_ratio(log_probs, behavior_log_probs, advantages, action_mask)
+    ratio, weights = log_ratio.detach().exp(), fill_masked(advantages.detach(), action_mask).neg_()
+    return SurrogateTerms(_weighted_(log_ratio, weights), ratio, torch.zeros_like(action_mask))
 
 
 def clipped_surrogate_loss(
@@ -136,18 +137,23 @@ def clipped_surrogate_loss(
     check_range("clip_high", clip_high, low=0, low_open=True)
     if dual_clip is not None:
         check_range("dual_clip", dual_clip, low=1, low_open=True)
-    log_ratio, advantages = _log_ratio_and_advantages(log_probs, old_log_probs, advantages, action_mask)
-    ratio = log_ratio.detach().exp()
-    bounded = ratio.clamp(1 - clip_low, 1 + clip_high).mul_(advantages)
+    log_ratio = _log_ratio(log_probs, old_log_probs, advantages, action_mask)
+    ratio, advantages = log_ratio.detach().exp(), advantages.detach()
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+    is_dual = None if dual_clip is None else (advantages < 0) & (ratio > dual_clip)
+    if dual_clip is not None and is_dual is not None:
+        bounded.masked_fill_(is_dual, dual_clip)
+    bounded.mul_(advantages)
     is_clipped = bounded < ratio * advantages
-    if dual_clip is not None:
-        is_dual = (advantages < 0) & (ratio > dual_clip)
-        bounded, is_clipped = torch.where(is_dual, dual_clip * advantages, bounded), is_clipped | is_dual
+    if is_dual is not None:
+        is_clipped |= is_dual
+    is_clipped &= action_mask
     # A clipped action has no gradient: its ratio, which may have overflowed, is kept out of the differentiated exp.
     # There it counts as 1, and the bound stands in the other factor.
-    weights = torch.where(is_clipped, bounded, advantages).neg_()
-    del bounded, advantages
-    return SurrogateTerms(_weighted(log_ratio, weights, is_clipped), ratio, is_clipped)
+    weights = torch.where(is_clipped, bounded, advantages)
+    del bounded, is_dual
+    weights.neg_().masked_fill_(~action_mask, 0.0)
+    return SurrogateTerms(_weighted_(log_ratio, weights, is_clipped), ratio, is_clipped)
 
 
 def kl_penalized_surrogate_loss(
@@ -179,11 +185,14 @@ def kl_penalized_surrogate_loss(
     check_range("kl_coef", kl_coef, low=0)
     check_same_shape(log_probs=log_probs, kl=kl)
     check_float(kl=kl)
-    log_ratio, advantages = _log_ratio_and_advantages(log_probs, old_log_probs, advantages, action_mask)
-    if kl is None:
-        kl = torch.expm1(log_ratio) - log_ratio
-    loss = _weighted(log_ratio, -advantages) + kl_coef * fill_masked(kl, action_mask)
-    return SurrogateTerms(loss, log_ratio.detach().exp(), torch.zeros_like(action_mask))
+    log_ratio = _log_ratio(log_probs, old_log_probs, advantages, action_mask)
+    ratio, weights = log_ratio.detach().exp(), fill_masked(advantages.detach(), action_mask).neg_()
+    if kl is not None:
+        loss = _weighted_(log_ratio, weights).add_(fill_masked(kl, action_mask), alpha=kl_coef)
+    else:
+        # -r A + kl_coef (r - 1 - log r), sorted by r: one exponential to keep for the gradient instead of two.
+        loss = (log_ratio.exp() * weights.add_(kl_coef)).sub_(log_ratio, alpha=kl_coef).sub_(kl_coef)
+    return SurrogateTerms(loss, ratio, torch.zeros_like(action_mask))
 
 
 def value_loss(
@@ -214,7 +223,7 @@ def value_loss(
     returns = returns.detach()
     error = fill_masked(values - returns, action_mask)
     if value_clip is None:
-        return ValueTerms(error.square().mul_(0.5), torch.zeros_like(action_mask))
+        return ValueTerms((error * error).mul_(0.5), torch.zeros_like(action_mask))
     check_range("value_clip", value_clip, low=0, low_open=True)
     if old_values is None:
         raise InputError("value_clip needs old_values: the critic's values before this update")
@@ -223,7 +232,8 @@ def value_loss(
     clipped_error = near.sub_(returns)
     # A larger error than the prediction's own is one that the clip made: it has no gradient.
     is_clipped = (clipped_error.abs() > error.detach().abs()) & action_mask
-    return ValueTerms(torch.where(is_clipped, clipped_error, error).square().mul_(0.5), is_clipped)
+    error = torch.where(is_clipped, clipped_error, error)
+    return ValueTerms((error * error).mul_(0.5), is_clipped)
 
 
 def categorical_entropy(logits: Tensor, action_mask: Tensor) -> Tensor:
@@ -241,26 +251,26 @@ def categorical_entropy(logits: Tensor, action_mask: Tensor) -> Tensor:
     check_float(logits=logits)
     check_mask(action_mask=action_mask)
     check_same_shape(logits_without_last_axis=logits[..., 0], action_mask=action_mask)
-    log_p = torch.where(action_mask.unsqueeze(-1), logits, 0.0).log_softmax(-1)
-    p = log_p.exp()
+    log_p = masked_log_softmax(logits, action_mask)
     finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # 0 log 0 = 0, in the gradient too
-    return fill_masked(-(p * finite).sum(-1), action_mask)
+    return fill_masked(-expected_log(log_p, finite), action_mask)
 
 
-def _log_ratio_and_advantages(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """log(pi / pi_old) with its gradient and the detached advantages, both 0 in masked slots."""
+def _log_ratio(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor) -> Tensor:
+    """Arguments checked; log(pi / pi_old) with its gradient, 0 in masked slots."""
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, action_mask=action_mask)
     check_float(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
-    log_ratio = fill_masked(log_probs - old_log_probs.detach(), action_mask)
-    return log_ratio, fill_masked(advantages.detach(), action_mask)
+    return fill_masked(log_probs - old_log_probs.detach(), action_mask)
 
 
-def _weighted(log_ratio: Tensor, weights: Tensor, is_constant: Tensor | None = None) -> Tensor:
-    """ratio * weight, the weight itself where `is_constant`.
+def _weighted_(log_ratio: Tensor, weights: Tensor, is_constant: Tensor | None = None) -> Tensor:
+    """ratio * weight, the weight itself where `is_constant`; overwrites log_ratio.
 
     Exactly 0 where the weight is, though the ratio overflowed: inf * 0 would be NaN.
     """
-    constant = weights == 0 if is_constant is None else is_constant | (weights == 0)
-    return log_ratio.masked_fill(constant, 0.0).exp() * weights
+    constant = weights == 0
+    if is_constant is not None:
+        constant |= is_constant
+    ratio = log_ratio.masked_fill_(constant, 0.0).exp_()
+    del constant
+    return ratio * weights

@@ -4,6 +4,7 @@ weights against the sampler, and the covariance by which entropy is controlled.
 As in `rlhf.losses`: unreduced, exactly 0 with exactly 0 gradient where `action_mask` is False, NaN there included.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -92,8 +93,9 @@ def cispo_loss(
     check_float(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
     ratio = fill_masked((log_probs - old_log_probs).detach(), action_mask).exp_()
     weight = ratio.clamp(0.0 if clip_low is None else 1 - clip_low, 1 + clip_high)
-    loss = reinforce_loss(log_probs, weight * advantages.detach(), action_mask)
-    return SurrogateTerms(loss, ratio, weight != ratio)
+    is_clipped = weight != ratio
+    weight = weight * advantages.detach()
+    return SurrogateTerms(reinforce_loss(log_probs, weight, action_mask), ratio, is_clipped)
 
 
 def sapo_loss(
@@ -128,12 +130,15 @@ def sapo_loss(
     check_float(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
     log_ratio = fill_masked(log_probs - old_log_probs.detach(), action_mask)
     advantages = fill_masked(advantages.detach(), action_mask)
-    temperature = torch.full_like(advantages, temperature_negative).masked_fill(advantages > 0, temperature_positive)
+    temperature = torch.full_like(advantages, temperature_negative).masked_fill_(advantages > 0, temperature_positive)
     ratio = log_ratio.detach().exp()
-    # Where the ratio overflows the gate is 1 and flat; its derivative would be 0 * inf.
-    is_open = ratio.isinf()
-    gate = torch.sigmoid(temperature * torch.expm1(log_ratio.masked_fill(is_open, 0.0))).masked_fill(is_open, 1.0)
     weights = advantages.div_(temperature).mul_(-4)
+    # tau * r as one exponential: one tensor less to keep for the gradient. Where it overflows the gate is 1 and exactly
+    # flat, so it may be capped behind autograd's back; its derivative would be 0 * inf.
+    scaled = log_ratio.add_(temperature.log())
+    scaled.detach().clamp_(max=math.log(torch.finfo(scaled.dtype).max) - 1)
+    gate = (scaled.exp_() - temperature).sigmoid_()
+    del temperature
     return SurrogateTerms(gate * weights, ratio, torch.zeros_like(action_mask))
 
 
@@ -180,10 +185,11 @@ def sampler_importance_weights(
         check_time_axis(old_log_probs=old_log_probs)
         pooled = (masked_sum if level == "sequence" else masked_mean)(log_ratio, action_mask, dim=-1)
         log_ratio = pooled.unsqueeze(-1).expand_as(log_ratio)
-    ratio, low = log_ratio.exp(), 0.0 if low is None else low
-    bounded = ratio.clamp(low, high)
-    weights = bounded if mode == "truncate" else bounded.masked_fill(bounded != ratio, 0.0)
-    return fill_masked(weights, action_mask)
+    ratio = log_ratio.exp()
+    weights = ratio.clamp(0.0 if low is None else low, high)
+    if mode == "mask":
+        weights.masked_fill_(weights != ratio, 0.0)
+    return weights.masked_fill_(~action_mask, 0.0)
 
 
 def token_covariance(log_probs: Tensor, advantages: Tensor, action_mask: Tensor) -> Tensor:

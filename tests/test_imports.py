@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 # Each room and what it may import of this project, besides itself. Core modules are rooms of their own.
-CHECKS, PRIMITIVES = {"rlhf.checks"}, {"rlhf.checks", "rlhf.masking", "rlhf.scan"}
+CHECKS, PRIMITIVES = {"rlhf.checks"}, {"rlhf.checks", "rlhf.categorical", "rlhf.masking", "rlhf.scan"}
 ESTIMATORS = {f"rlhf.{name}" for name in ("advantages", "group_advantages", "kl", "losses", "reduce", "rewards")}
 LOSSES = {"rlhf.policy_losses", "rlhf.preference_losses"}
 NAMED = {"rlhf.conventions", "rlhf.algorithm", "rlhf.presets"}
@@ -18,6 +18,7 @@ CORE = PRIMITIVES | ESTIMATORS | LOSSES | NAMED
 ALLOWED: dict[str, set[str]] = {
     "rlhf": set(),
     "rlhf.checks": set(),
+    "rlhf.categorical": set(),
     "rlhf.masking": CHECKS,
     "rlhf.scan": CHECKS,
     **dict.fromkeys(ESTIMATORS, PRIMITIVES),

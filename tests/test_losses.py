@@ -197,7 +197,8 @@ def test_gradcheck(name: str) -> None:
     # `baseline=values` of actor-critic is detached on purpose: finite differences would see it.
     if name == "actor-critic":
         chosen = [TRAINED.index("log_probs")]
-    assert torch.autograd.gradcheck(loss_of_used, [leaves[i] for i in chosen])
+    assert torch.autograd.gradcheck(loss_of_used, [leaves[i] for i in chosen], check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(loss_of_used, [leaves[i] for i in chosen])
 
 
 @every_loss
