@@ -23,6 +23,7 @@ from rlhf.group_advantages import (
     best_of_group_advantages,
     decoupled_group_advantages,
     group_normalized_advantages,
+    keep_lone_scores,
     leave_one_out_advantages,
     length_weighted_advantages,
     mean_normalized_advantages,
@@ -243,10 +244,14 @@ def estimate_advantages(
     if advantage in OF_GROUPS:
         totals = scores.detach() + masked_sum(token_rewards.detach(), action_mask, dim=-1)
         per_sequence = _compare(algorithm, totals, group_ids, action_mask, components, weights)
+        if algorithm.numbers.keeps_lone_scores:
+            per_sequence = keep_lone_scores(per_sequence, totals, group_ids)
         advantages = fill_masked(per_sequence[:, None].expand(action_mask.shape), action_mask)
     else:
         if algorithm.center_in_groups:
-            scores = group_normalized_advantages(scores, group_ids, divide_by_std=False)
+            centred = group_normalized_advantages(scores, group_ids, divide_by_std=False)
+            kept = algorithm.numbers.keeps_lone_scores
+            scores = keep_lone_scores(centred, scores, group_ids) if kept else centred
         rewards = token_rewards + rewards_at_last_action(scores.to(token_rewards), action_mask)
         if advantage == "gae":
             values = torch.zeros_like(rewards) if values is None else values

@@ -24,6 +24,9 @@ class Convention:
     """Of the std of a group's scores."""
     group_epsilon: float = 0.0
     """Added to that std, score units. Groups without signal need none: they are found by comparing scores."""
+    keeps_lone_scores: bool = False
+    """A group of one keeps its raw score, weighed against advantages of another kind. Ours is 0: with nothing to compare
+    it with, it has no signal."""
     kl_clamp_input: float | None = None
     """The log ratio to the reference, in the loss, is held within this, nats."""
     kl_clamp_output: float | None = None
@@ -63,7 +66,12 @@ CONVENTIONS = {
     "openrlhf": Convention(whiten_ddof=0, whiten_epsilon=0.0, group_epsilon=1e-9, kl_clamp_output=10.0),
     "nemo_rl": Convention(group_epsilon=1e-6, kl_clamp_input=20.0, kl_clamp_output=10.0, count_epsilon=1e-8),
     "verl": Convention(
-        group_epsilon=1e-6, kl_clamp_input=20.0, kl_clamp_output=10.0, kl_clamped=("k3",), count_epsilon=1e-8
-    ),
+        group_epsilon=1e-6,
+        keeps_lone_scores=True,
+        kl_clamp_input=20.0,
+        kl_clamp_output=10.0,
+        kl_clamped=("k3",),
+        count_epsilon=1e-8,
+    ),  # fmt: skip
     "trl": Convention(group_epsilon=1e-4),
 }

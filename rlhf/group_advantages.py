@@ -222,6 +222,22 @@ def decoupled_group_advantages(
     return total
 
 
+def keep_lone_scores(advantages: Tensor, scores: Tensor, group_ids: Tensor) -> Tensor:
+    """The advantages, but the raw score where a group has one member: a peer's habit, see `rlhf.conventions`.
+
+    Args:
+        advantages, scores, group_ids: [B]; see the module.
+    Returns:
+        [B].
+    Raises:
+        InputError: shapes differ or group_ids are not integers.
+    """
+    check_same_shape(advantages=advantages, scores=scores, group_ids=group_ids)
+    _check_integers(group_ids=group_ids)
+    _, members, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
+    return torch.where(sizes[members] == 1, scores.detach().to(advantages.dtype), advantages)
+
+
 def _check_integers(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if x.is_floating_point() or x.dtype == torch.bool:

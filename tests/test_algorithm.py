@@ -98,6 +98,18 @@ def test_what_compares_samples_gives_each_of_their_actions_one_advantage(name: s
     assert len({tuple(x[1].tolist()) for x in OF_GROUPS.values()}) == len(OF_GROUPS), "no two of them are the same"
 
 
+@pytest.mark.parametrize("config", [algorithm("group"), algorithm("reward_to_go", center_in_groups=True)])
+def test_a_group_of_one_has_no_signal_but_by_a_peers_convention_its_score(config: AlgorithmConfig) -> None:
+    alone = {"group_ids": torch.tensor([0, 0, 0, 1, 1, 2]), "token_rewards": None}
+    ours, theirs = (
+        estimate(dataclasses.replace(config, convention=convention), **alone).advantages  # type: ignore[arg-type]
+        for convention in ("ours", "verl")
+    )
+    assert not ours[5].any()
+    torch.testing.assert_close(theirs[5], SCORES[5].expand(5))
+    torch.testing.assert_close(theirs[:5], ours[:5], rtol=1e-5, atol=0)
+
+
 def test_decoupled_normalises_each_reward_function_by_itself() -> None:
     components = torch.stack([SCORES, SCORES.square()], -1)
     config = algorithm("decoupled")

@@ -28,6 +28,7 @@ from rlhf.group_advantages import (
     best_of_group_advantages,
     decoupled_group_advantages,
     group_normalized_advantages,
+    keep_lone_scores,
     leave_one_out_advantages,
     length_weighted_advantages,
 )
@@ -61,9 +62,7 @@ def remax(x: Any, p: Any) -> Outputs:
 
 
 def keeping_lone_scores(advantages: Tensor, scores: Tensor, ids: Tensor) -> Tensor:
-    """A group of one keeps its raw score; ours is 0: it has nothing to be compared with."""
-    alone = (ids[:, None] == ids).sum(-1) == 1
-    return torch.where(alone, scores, advantages)
+    return keep_lone_scores(advantages, scores, ids) if CONVENTIONS["verl"].keeps_lone_scores else advantages
 
 
 def outcome(grouped: Grouped, *, lone_scores: bool = True) -> Adapter:
