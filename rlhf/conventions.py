@@ -25,8 +25,8 @@ class Convention:
     group_epsilon: float = 0.0
     """Added to that std, score units. Groups without signal need none: they are found by comparing scores."""
     keeps_lone_scores: bool = False
-    """A group of one keeps its raw score, weighed against advantages of another kind. Ours is 0: with nothing to compare
-    it with, it has no signal."""
+    """A group of one keeps its raw score, weighed against advantages of another kind. Ours is 0: compared with nothing,
+    it has no signal."""
     kl_clamp_input: float | None = None
     """The log ratio to the reference, in the loss, is held within this, nats."""
     kl_clamp_output: float | None = None
@@ -72,6 +72,6 @@ CONVENTIONS = {
         kl_clamp_output=10.0,
         kl_clamped=("k3",),
         count_epsilon=1e-8,
-    ),  # fmt: skip
+    ),
     "trl": Convention(group_epsilon=1e-4),
 }
