@@ -7,10 +7,12 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -20,6 +22,26 @@ from transformers import (
 from rlhf.algorithm import CriticKind
 from rlhf.checks import InputError, brief
 from rlhf.lm.logprobs import position_ids
+
+
+VALUE_HEAD = "value_head.safetensors"
+
+
+def head_of(classifier: PreTrainedModel) -> nn.Linear:
+    """The last layer of a token or sequence classifier."""
+    head = classifier.score if hasattr(classifier, "score") else classifier.classifier
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+def _take_head(trunk: PreTrainedModel, model: str) -> None:
+    """Give a token classifier the head of the sequence classifier that its trunk came from."""
+    source = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=trunk.dtype)
+    ours, theirs = head_of(trunk), head_of(source)
+    with torch.no_grad():
+        ours.weight.copy_(theirs.weight)
+        if ours.bias is not None:
+            ours.bias.copy_(theirs.bias if theirs.bias is not None else torch.zeros_like(ours.bias))
 
 
 class Critic(nn.Module):
@@ -47,10 +69,39 @@ class Critic(nn.Module):
                 "own: use critic='shared', or critic='none' with advantage='group'"
             ) from error
         trunk.base_model.load_state_dict(actor.base_model.state_dict())
-        classifier = trunk.score if hasattr(trunk, "score") else trunk.classifier
+        classifier = head_of(trunk)
         nn.init.zeros_(classifier.weight)
         if classifier.bias is not None:
             nn.init.zeros_(classifier.bias)
+        return cls(trunk.eval(), None)
+
+    @classmethod
+    def from_pretrained(cls, model: str, actor: PreTrainedModel) -> "Critic":
+        """A critic that starts from a reward model, or from what `save_pretrained` wrote.
+
+        Args:
+            model: folder or hub id of a sequence or token classifier with one label, or a folder with
+                value_head.safetensors, which becomes a head on the actor's trunk.
+            actor: decides dtype and, for a head, its width.
+        Raises:
+            InputError: it cannot be loaded or does not fit.
+        """
+        head_file = Path(model) / VALUE_HEAD
+        try:
+            if head_file.is_file():
+                critic = cls.shared(actor)
+                assert critic.head is not None
+                critic.head.load_state_dict(load_file(head_file))
+                return critic
+            trunk = AutoModelForTokenClassification.from_pretrained(model, num_labels=1, dtype=actor.dtype)
+            architecture = next(iter(AutoConfig.from_pretrained(model).architectures or []), "")
+            if "SequenceClassification" in architecture:  # the same head without a bias, of which nothing is known
+                _take_head(trunk, model)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise InputError(
+                f"no critic could be made from {model!r}: give a reward model with one label, or the critic/ folder of a "
+                f"run ({brief(error)})"
+            ) from error
         return cls(trunk.eval(), None)
 
     @classmethod
@@ -83,7 +134,7 @@ class Critic(nn.Module):
             self.trunk.save_pretrained(folder)
         elif self.head is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / "value_head.safetensors")
+            save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / VALUE_HEAD)
 
 
 @dataclass
@@ -106,17 +157,34 @@ class Roles:
         return [group for group in groups if group]
 
 
-def assemble_roles(actor: PreTrainedModel, *, critic: CriticKind, with_reference: bool) -> Roles:
+def assemble_roles(
+    actor: PreTrainedModel, *, critic: CriticKind, with_reference: bool, critic_from: str | None = None
+) -> Roles:
     """The actor, and on its device the critic and the frozen reference made from it.
+
+    Args:
+        critic_from: folder or hub id that the critic starts from, see `Critic.from_pretrained`; None: the actor.
 
     All stay in eval mode for good: dropout would make the ratio differ from 1 before the first update.
     """
     actor = actor.eval()
     reference = copy.deepcopy(actor).requires_grad_(False) if with_reference else None
-    value_model = None
-    if critic != "none":
-        value_model = (Critic.separate(actor) if critic == "separate" else Critic.shared(actor)).to(actor.device)
-    return Roles(actor, value_model, reference)
+    return Roles(actor, _assembled_critic(actor, critic, critic_from), reference)
+
+
+def _assembled_critic(actor: PreTrainedModel, kind: CriticKind, critic_from: str | None) -> Critic | None:
+    if kind == "none":
+        return None
+    if critic_from is not None:
+        critic = Critic.from_pretrained(critic_from, actor)
+        if (kind == "shared") != (critic.trunk is None):
+            raise InputError(
+                f"critic={kind!r} cannot start from {critic_from!r}, which holds "
+                f"{'a value head alone' if critic.trunk is None else 'a whole model'}: pass the other --critic"
+            )
+    else:
+        critic = Critic.separate(actor) if kind == "separate" else Critic.shared(actor)
+    return critic.to(actor.device)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -153,6 +221,39 @@ def load_actor(model: str, *, dtype: torch.dtype | Literal["auto"] = torch.float
             f"no causal language model could be loaded from {model!r}: give a folder with config.json and "
             f"model.safetensors, or a hub id. ({brief(error)})"
         ) from error
+
+
+def new_reward_model(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A sequence classifier with one label on the trunk of a pretrained model, to be trained.
+
+    The head's weights are normal with std 1 / sqrt(hidden size + 1): Stiennon et al. 2020, arXiv:2009.01325.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    reward_model = load_reward_model(model, tokenizer)
+    head = head_of(reward_model)
+    nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    return reward_model
+
+
+def load_reward_model(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Sequence classifier with one label of a hub id or folder.
+
+    Args:
+        tokenizer: its padding token is where the classifier looks for a text's end.
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    try:
+        found = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"no reward model could be loaded from {model!r}: give a folder with config.json and model.safetensors, or "
+            f"a hub id. ({brief(error)})"
+        ) from error
+    found.config.pad_token_id = tokenizer.pad_token_id
+    return found
 
 
 def end_token_ids(actor: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
