@@ -23,7 +23,9 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.checks import InputError, brief, check_range
-from rlhf.lm.rewards import Row
+from rlhf.lm.config import SourceConfig
+from rlhf.lm.rewards import RewardFunction, Row
+from rlhf.lm.tasks import Task
 
 Message = dict[str, Any]
 Said = str | list[Message]  # what a column holds: text or messages
@@ -157,7 +159,12 @@ def _format_of(path: Path) -> str:
 
 
 def tokenized(
-    rows: Iterable[Row], convert: Callable[[Row], T], *, max_tokens: int, name: str, length: Callable[[T], int]
+    rows: Iterable[Row],
+    convert: Callable[[Row], T],
+    *,
+    name: str,
+    max_tokens: int | None = None,
+    length: Callable[[T], int] = lambda x: 0,
 ) -> list[T]:
     """Each row converted; those that cannot serve are left out, and a line is printed that counts them by reason.
 
@@ -169,7 +176,7 @@ def tokenized(
     for number, row in enumerate(rows, start=1):
         try:
             found = convert(row)
-            if length(found) > max_tokens:
+            if max_tokens is not None and length(found) > max_tokens:
                 raise _Unusable(f"longer than max_tokens = {max_tokens}")
         except _Unusable as reason:
             dropped[str(reason)] += 1
@@ -211,6 +218,27 @@ def load_pairs(
         for rows, name in zip(splits, ("the training data", "the held-out data"), strict=True)
     )
     return one, two
+
+
+def load_prompt_task(source: SourceConfig, tokenizer: PreTrainedTokenizerBase, *, verifier: RewardFunction) -> Task:
+    """The prompts of rows of any form, each once, as a task; `verifier` is reported on held-out ones as "score".
+
+    Raises:
+        InputError: as `load_splits` and `prompt_text`.
+    """
+    data = DataConfig(data=source.data, plain_text=source.plain_prompts)
+    convert = partial(prompt_text, tokenizer=tokenizer, plain_text=source.plain_prompts)
+    names = ("the training data", "the held-out data")
+    train, held_out = (
+        [{"prompt": text} for text in dict.fromkeys(tokenized(rows, convert, name=name))]
+        for rows, name in zip(load_splits(data), names, strict=True)
+    )
+    # What a chat template has written holds its special tokens already.
+    is_rendered = tokenizer.chat_template is not None and not source.plain_prompts
+    return Task(
+        "preference", train, held_out, verifier, metric="score",
+        add_special_tokens=not is_rendered,
+    )
 
 
 # -- one row -----------------------------------------------------------------------------------------------------------

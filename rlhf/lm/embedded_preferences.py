@@ -15,10 +15,20 @@ from itertools import product
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
+from rlhf.checks import InputError
+from rlhf.lm.generation import TransformersEngine
+from rlhf.lm.models import end_token_ids
 from rlhf.lm.rewards import Row
-from rlhf.run.seeding import generator_for
+from rlhf.lm.tasks import Task, pad_left
+from rlhf.run.seeding import draw_seeds, generator_for
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 THINGS = (
@@ -52,7 +62,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(seed: int, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """Two layers of width 64, 137 thousand parameters, random weights."""
+    """Two layers of width 64, 136 thousand parameters, random weights."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -78,6 +88,11 @@ def prompts(*, held_out: int = 128) -> tuple[list[Row], list[Row]]:
     ]
     order = torch.randperm(len(rows), generator=generator_for(0, "problems")).tolist()
     return [rows[i] for i in order[held_out:]], [rows[i] for i in order[:held_out]]
+
+
+def task() -> Task:
+    """The prompts, with the hidden rule as the verifier: what is reported on held-out prompts and trains nobody."""
+    return Task("descriptions", *prompts(), taste, metric="taste")
 
 
 def demonstrations(rows: Sequence[Row], count: int, *, seed: int) -> list[Row]:
@@ -129,6 +144,48 @@ def judged(rows: Sequence[Row], first: Sequence[str], second: Sequence[str], *, 
             chosen, rejected = (a, b) if takes_first else (b, a)
             found.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
     return found
+
+
+def completed(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, seed: int, max_new_tokens: int = 32
+) -> list[str]:
+    """One sampled completion, as text, of each row's prompt."""
+    token_ids = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    ids, mask = pad_left(
+        token_ids, width=max(map(len, token_ids)), pad_token_id=tokenizer.pad_token_id, device=model.device
+    )
+    engine = TransformersEngine(
+        model, eos_token_ids=end_token_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
+    seeds = draw_seeds(len(rows), generator_for(seed, "completions"))
+    found = engine.generate(ids, mask, max_new_tokens=max_new_tokens, temperature=1.0, seeds=seeds)
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in found.token_ids.tolist()]
+
+
+def sampled_preferences(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, train: int, held_out: int, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """The judge's verdicts on pairs of the model's own completions: of `train` and `held_out` prompts, drawn with
+    repetition from the training and the held-out prompts, less those of equal taste."""
+    found = []
+    for part, (rows, count) in enumerate(zip(prompts(), (train, held_out), strict=True)):
+        asked = [rows[i % len(rows)] for i in range(count)]
+        first, second = (completed(model, tokenizer, asked, seed=4 * seed + 2 * part + i) for i in range(2))
+        found.append(judged(asked, first, second, seed=2 * seed + part))
+    return found[0], found[1]
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """The tokenizer is the one made here.
+
+    Raises:
+        InputError: it is not, so that its model knows nothing of these prompts.
+    """
+    if tokenizer.get_vocab() != build_tokenizer().get_vocab():
+        raise InputError(
+            f"without --data, prompts are made up for the small model of recipes/sft.py, but {source!r} is another: pass "
+            "--data <file, folder or hub id>"
+        )
 
 
 def _draw(count: int, generator: torch.Generator) -> int:

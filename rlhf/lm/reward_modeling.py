@@ -1,18 +1,19 @@
 """Reward models from preferences: Bradley-Terry, with accuracy and calibration on held-out pairs."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checks import check_range
 from rlhf.lm.data import Pair
 from rlhf.lm.logprobs import widen
-from rlhf.lm.supervised import SupervisedConfig, SupervisedTrainer, per_unit
+from rlhf.lm.supervised import FitConfig, SupervisedConfig, SupervisedTrainer, per_unit
 from rlhf.preference_losses import bradley_terry_loss
 from rlhf.run import Panel
 
@@ -25,32 +26,47 @@ PANELS = (
 )
 
 
+@dataclass(frozen=True)
+class PairFitConfig(FitConfig):
+    """How the pairs are used."""
+
+    center_coef: float = 0.01
+    """Weight of (chosen + rejected)^2, which holds scores around 0; 0.01 in its source (arXiv:2312.09244)."""
+    use_margins: bool = True
+    """Demand the lead that a row's `margin` says, score units; rows without the column have margin 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("center_coef", self.center_coef, low=0, high_open=True)
+
+
+@dataclass(frozen=True)
+class RewardModelingConfig(SupervisedConfig):
+    """A whole run."""
+
+    optimization: PairFitConfig = field(default_factory=PairFitConfig)
+
+
 def reward_model_trainer(
-    config: SupervisedConfig,
+    config: RewardModelingConfig,
     *,
     tokenizer: PreTrainedTokenizerBase,
     train: Sequence[Pair],
     held_out: Sequence[Pair],
     make_model: Callable[[], PreTrainedModel],
-    center_coef: float = 0.0,
-    use_margins: bool = True,
-    **more: Any,
+    accelerator: Accelerator | None = None,
 ) -> SupervisedTrainer[Pair]:
-    """A trainer that minimises `rlhf.preference_losses.bradley_terry_loss` over pairs.
-
-    Args:
-        center_coef: weight of (chosen + rejected)^2, which holds scores around 0; 0.01 in its source.
-        use_margins: demand the lead that a pair's margin says; rows without the column have margin 0.
-        more: to `SupervisedTrainer`.
-    """
-    check_range("center_coef", center_coef, low=0, high_open=True)
+    """A `SupervisedTrainer` that minimises the mean of `rlhf.preference_losses.bradley_terry_loss` over pairs."""
     objective = partial(
-        pair_objective, pad_token_id=int(tokenizer.pad_token_id), center_coef=center_coef, use_margins=use_margins
+        pair_objective,
+        pad_token_id=int(tokenizer.pad_token_id),
+        center_coef=config.optimization.center_coef,
+        use_margins=config.optimization.use_margins,
     )
     return SupervisedTrainer(
         config, tokenizer=tokenizer, train=train, held_out=held_out, units=lambda row: 1, objective=objective,
         make_model=make_model, panels=PANELS, columns=("loss", "accuracy", "held_out/accuracy", "lr"),
-        describe=describe, **more,
+        describe=describe, accelerator=accelerator,
     )  # fmt: skip
 
 

@@ -4,10 +4,11 @@
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from rlhf.lm.data import Demonstration
 from rlhf.lm.experience import Sequences
 from rlhf.lm.logprobs import policy_output, widen
-from rlhf.lm.supervised import SupervisedConfig, SupervisedTrainer
+from rlhf.lm.supervised import FitConfig, SupervisedConfig, SupervisedTrainer
 from rlhf.lm.tasks import pad_left
 from rlhf.reduce import count, token_mean
 from rlhf.run import Panel
@@ -26,27 +27,37 @@ PANELS = (
 )
 
 
+@dataclass(frozen=True)
+class SFTFitConfig(FitConfig):
+    """How the demonstrations are used."""
+
+    pack: bool = False
+    """Lay the rows of a micro-batch end to end instead of padding them; changes no number but by rounding."""
+
+
+@dataclass(frozen=True)
+class SFTConfig(SupervisedConfig):
+    """A whole run."""
+
+    optimization: SFTFitConfig = field(default_factory=SFTFitConfig)
+
+
 def sft_trainer(
-    config: SupervisedConfig,
+    config: SFTConfig,
     *,
     tokenizer: PreTrainedTokenizerBase,
     train: Sequence[Demonstration],
     held_out: Sequence[Demonstration],
     make_model: Callable[[], PreTrainedModel],
-    pack: bool = False,
-    **more: Any,
+    accelerator: Accelerator | None = None,
 ) -> SupervisedTrainer[Demonstration]:
-    """A trainer that maximises the likelihood of the demonstrations' learned tokens, the mean over all of a step's.
-
-    Args:
-        pack: lay the rows of a micro-batch end to end instead of padding them; changes no number but by rounding.
-        more: to `SupervisedTrainer`.
-    """
+    """A `SupervisedTrainer` that maximises the mean log-likelihood of all learned tokens of a step's rows."""
     pad_token_id = int(tokenizer.pad_token_id)
-    objective = packed_objective if pack else partial(padded_objective, pad_token_id=pad_token_id)
+    objective = packed_objective if config.optimization.pack else partial(padded_objective, pad_token_id=pad_token_id)
     return SupervisedTrainer(
         config, tokenizer=tokenizer, train=train, held_out=held_out, units=lambda row: sum(row.learned),
-        objective=objective, make_model=make_model, panels=PANELS, columns=("loss", "held_out/loss", "lr"), **more,
+        objective=objective, make_model=make_model, panels=PANELS, columns=("loss", "held_out/loss", "lr"),
+        accelerator=accelerator,
     )  # fmt: skip
 
 
