@@ -1,4 +1,4 @@
-"""PPO with four models: actor and reference from supervised fine-tuning, a learned reward, a critic that starts from it.
+"""PPO with four models: actor and reference from supervised fine-tuning, a learned reward, a critic made from it.
 
     accelerate launch recipes/ppo_preference.py                 # after recipes/sft.py and recipes/reward_model.py
     accelerate launch recipes/ppo_preference.py --data <file, folder or hub id> --model <...> --reward-model <...>
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
@@ -116,5 +116,6 @@ def parse(args: list[str]) -> TrainerConfig:
 
 if __name__ == "__main__":
     disable_progress_bar()  # transformers' own, which would break into ours
+    set_verbosity_error()  # a new head is not in the file it starts from, as it says at length
     with reporting_errors():
         main(parse(sys.argv[1:]))

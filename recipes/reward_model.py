@@ -1,6 +1,6 @@
 """A reward model from preferences (Bradley-Terry), with its accuracy and calibration on held-out pairs.
 
-    accelerate launch recipes/reward_model.py                   # after recipes/sft.py: pairs of its model's descriptions
+    accelerate launch recipes/reward_model.py                   # after recipes/sft.py: pairs of its descriptions
     accelerate launch recipes/reward_model.py --data <file, folder or hub id> --model <folder or hub id>
 
 Every option and its default: python recipes/reward_model.py --help, or the same with --data for data of your own.
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rlhf.checks import InputError
 from rlhf.lm import embedded_preferences as embedded
@@ -67,8 +67,8 @@ def main(config: RewardModelingConfig) -> None:
             trainer.held_out_sums["reliability"], trainer.folder.plots / "reliability.png", str(config.run.run_dir)
         )
         print(
-            f"held-out accuracy {found['held_out/accuracy']:.1%} of {len(trainer.held_out)} pairs, expected calibration "
-            f"error {found['held_out/calibration_error']:.3f}"
+            f"held-out accuracy {found['held_out/accuracy']:.1%} of {len(trainer.held_out)} pairs, "
+            f"expected calibration error {found['held_out/calibration_error']:.3f}"
         )
 
 
@@ -89,5 +89,6 @@ def parse(args: list[str]) -> RewardModelingConfig:
 
 if __name__ == "__main__":
     disable_progress_bar()  # transformers' own, which would break into ours
+    set_verbosity_error()  # a new head is not in the file it starts from, as it says at length
     with reporting_errors():
         main(parse(sys.argv[1:]))

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
-from transformers import PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rlhf.checks import InputError
 from rlhf.lm import embedded_preferences as embedded
@@ -42,7 +42,7 @@ def main(config: SFTConfig) -> None:
     if (source.model is None) != (source.data is None):
         raise InputError("--model and --data belong together: without both, a small model learns made-up sentences")
     if source.model is None:
-        tokenizer = embedded.build_tokenizer()
+        tokenizer: PreTrainedTokenizerBase = embedded.build_tokenizer()
         train, held_out = embedded.prompts()
         splits = (
             embedded.demonstrations(train, DEMONSTRATIONS, seed=seed),
@@ -79,5 +79,6 @@ def parse(args: list[str]) -> SFTConfig:
 
 if __name__ == "__main__":
     disable_progress_bar()  # transformers' own, which would break into ours
+    set_verbosity_error()
     with reporting_errors():
         main(parse(sys.argv[1:]))

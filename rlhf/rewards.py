@@ -2,7 +2,7 @@
 actions."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -57,7 +57,8 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int, scale: fl
     return scale * ((max_length - buffer - lengths).clamp(min=-buffer, max=0) / buffer)
 
 
-class Moments(NamedTuple):
+@dataclass(frozen=True)
+class Moments:
     """Of all numbers seen so far: how many, their mean, and the sum of squared deviations from it."""
 
     count: float = 0.0
@@ -71,7 +72,7 @@ class Moments(NamedTuple):
         """
         x = x.detach().double()
         count = self.count + x.numel()
-        if not count:
+        if not x.numel():
             return self
         mean = float(x.mean())
         shift = mean - self.mean

@@ -1,12 +1,12 @@
 """Demonstrations and preferences that need no download: descriptions of things, and somebody with a hidden taste.
 
-A prompt asks for a thing ("describe the river in winter :"), a description names it and says what it is like ("the river
-is calm and deep and cold"). The judge's taste is a rule that no model is told: they see demonstrations, which are
+A prompt asks for a thing ("describe the river in winter :"), a description names it and says what it is like ("the
+river is calm and deep and old"). The judge's taste is a rule that no model is told: they see demonstrations, which are
 indifferent to it, and pairs of descriptions of which the judge took one.
 
-The rule has an end, which the demonstrations never reach: nobody in them says the same twice or goes on for long. A reward
-model that learned from such pairs that kind words are good finds a hundred of them splendid: what PPO then makes of it
-is over-optimisation, and can be measured, since the rule is here.
+The rule has an end, which the demonstrations never reach: nobody in them says the same twice or goes on for long. A
+reward model that learned from such pairs that kind words are good may find any number of them splendid: what PPO then
+makes of it is over-optimisation, and can be measured, since the rule is here.
 """
 
 import math
@@ -96,7 +96,7 @@ def task() -> Task:
 
 
 def demonstrations(rows: Sequence[Row], count: int, *, seed: int) -> list[Row]:
-    """`count` rows with "prompt" and "completion": adjectives of every sort, no two alike, sometimes of another thing."""
+    """`count` rows with "prompt" and "completion": adjectives of every sort, no two alike; some of another thing."""
     generator = generator_for(seed, "demonstrations")
     found = []
     for _ in range(count):
@@ -111,8 +111,8 @@ def demonstrations(rows: Sequence[Row], count: int, *, seed: int) -> list[Row]:
 
 
 def taste(prompts: list[str], completions: list[str], thing: list[str], **_: object) -> list[float]:
-    """The hidden rule: 1 for naming the thing, 1 for each different kind word up to ENOUGH; -1 for each unkind word, each
-    adjective said again, each adjective beyond PATIENCE. At most 4."""
+    """The hidden rule: 1 for naming the thing, 1 for each different kind word up to ENOUGH; -1 for each unkind word,
+    each adjective said again, each adjective beyond PATIENCE. At most 4."""
     return [_taste(completion, asked) for completion, asked in zip(completions, thing, strict=True)]
 
 
@@ -128,8 +128,8 @@ def _taste(completion: str, thing: str) -> float:
 def judged(rows: Sequence[Row], first: Sequence[str], second: Sequence[str], *, seed: int) -> list[Row]:
     """Pairs with "prompt", "chosen" and "rejected": the judge takes the first with probability sigmoid(2 * lead).
 
-    `lead` is the difference in taste: one kind word more wins 88 % of the time. The labels are so noisy on purpose, and a
-    reward model's probabilities can be compared with the true ones. Pairs of equal taste are left out.
+    `lead` is the difference in taste: one kind word more wins 88 % of the time. So the labels are noisy, and a reward
+    model's probabilities have true ones to be compared with. Pairs of equal taste are left out.
 
     Args:
         rows: [N] with "prompt" and "thing".
@@ -147,7 +147,12 @@ def judged(rows: Sequence[Row], first: Sequence[str], second: Sequence[str], *, 
 
 
 def completed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], *, seed: int, max_new_tokens: int = 32
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    *,
+    seed: int,
+    max_new_tokens: int = 32,
 ) -> list[str]:
     """One sampled completion, as text, of each row's prompt."""
     token_ids = tokenizer([row["prompt"] for row in rows])["input_ids"]
@@ -183,8 +188,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
     """
     if tokenizer.get_vocab() != build_tokenizer().get_vocab():
         raise InputError(
-            f"without --data, prompts are made up for the small model of recipes/sft.py, but {source!r} is another: pass "
-            "--data <file, folder or hub id>"
+            f"without --data, prompts are made up for the small model of recipes/sft.py, but {source!r} is another: "
+            "pass --data <file, folder or hub id>"
         )
 
 

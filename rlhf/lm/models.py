@@ -23,7 +23,6 @@ from rlhf.algorithm import CriticKind
 from rlhf.checks import InputError, brief
 from rlhf.lm.logprobs import position_ids
 
-
 VALUE_HEAD = "value_head.safetensors"
 
 
@@ -99,8 +98,8 @@ class Critic(nn.Module):
                 _take_head(trunk, model)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise InputError(
-                f"no critic could be made from {model!r}: give a reward model with one label, or the critic/ folder of a "
-                f"run ({brief(error)})"
+                f"no critic could be made from {model!r}: give a reward model with one label, or the critic/ folder of "
+                f"a run ({brief(error)})"
             ) from error
         return cls(trunk.eval(), None)
 
@@ -226,15 +225,16 @@ def load_actor(model: str, *, dtype: torch.dtype | Literal["auto"] = torch.float
 def new_reward_model(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A sequence classifier with one label on the trunk of a pretrained model, to be trained.
 
-    The head's weights are normal with std 1 / sqrt(hidden size + 1): Stiennon et al. 2020, arXiv:2009.01325.
+    A new head's weights are normal with std 1 / sqrt(hidden size + 1): Stiennon et al. 2020, arXiv:2009.01325.
 
     Raises:
         InputError: it cannot be loaded.
     """
-    reward_model = load_reward_model(model, tokenizer)
-    head = head_of(reward_model)
-    nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
-    return reward_model
+    found, has_head = _sequence_classifier(model, tokenizer)
+    if not has_head:
+        head = head_of(found)
+        nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    return found
 
 
 def load_reward_model(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -243,17 +243,29 @@ def load_reward_model(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     Args:
         tokenizer: its padding token is where the classifier looks for a text's end.
     Raises:
-        InputError: it cannot be loaded.
+        InputError: it cannot be loaded, or has no head: some other model.
     """
+    found, has_head = _sequence_classifier(model, tokenizer)
+    if not has_head:
+        raise InputError(
+            f"{model!r} is no reward model: it has no trained head with one label. Train one with recipes/reward_model.py"
+        )
+    return found
+
+
+def _sequence_classifier(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, bool]:
+    """The classifier, and whether its head came with it."""
     try:
-        found = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
+        found, info = AutoModelForSequenceClassification.from_pretrained(
+            model, num_labels=1, dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"no reward model could be loaded from {model!r}: give a folder with config.json and model.safetensors, or "
             f"a hub id. ({brief(error)})"
         ) from error
     found.config.pad_token_id = tokenizer.pad_token_id
-    return found
+    return found, not any(name.endswith(("score.weight", "classifier.weight")) for name in info["missing_keys"])
 
 
 def end_token_ids(actor: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checks import check_range
-from rlhf.lm.data import Pair
 from rlhf.lm.logprobs import widen
+from rlhf.lm.rows import Pair
 from rlhf.lm.supervised import FitConfig, SupervisedConfig, SupervisedTrainer, per_unit
 from rlhf.preference_losses import bradley_terry_loss
 from rlhf.run import Panel
@@ -20,7 +20,9 @@ from rlhf.run import Panel
 BINS = 10
 PANELS = (
     Panel("Loss (nats per pair)", (("loss", "training"), ("held_out/loss", "held out"))),
-    Panel("Share of pairs the right way round", (("accuracy", "training"), ("held_out/accuracy", "held out")), (0.4, 1)),
+    Panel(
+        "Share of pairs the right way round", (("accuracy", "training"), ("held_out/accuracy", "held out")), (0.4, 1)
+    ),
     Panel("Lead of the chosen answer (score units)", (("lead", "training"), ("held_out/lead", "held out"))),
     Panel("Expected calibration error", (("held_out/calibration_error", "held out"),)),
 )
@@ -73,7 +75,7 @@ def reward_model_trainer(
 def pair_objective(
     model: PreTrainedModel, pairs: Sequence[Pair], *, pad_token_id: int, center_coef: float, use_margins: bool
 ) -> dict[str, Tensor]:
-    """Sums over pairs: loss (nats), accuracy, lead and score (score units), reliability [3, BINS] (see `reliability`)."""
+    """Sums over pairs: loss (nats), accuracy, lead and score (score units), and `reliability` [3, BINS]."""
     chosen, rejected = scores(
         model, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], pad_token_id=pad_token_id
     ).chunk(2)

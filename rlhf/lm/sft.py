@@ -1,6 +1,6 @@
 """Supervised fine-tuning on demonstrations, completion tokens only.
 
-`sft_trainer` trains on a data set with a run folder; `fine_tune` is the bare loop, for a teacher that makes its batches.
+`sft_trainer` trains on a data set with a run folder; `fine_tune` is the bare loop, for who makes batches on the spot.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from rlhf.lm.data import Demonstration
 from rlhf.lm.experience import Sequences
 from rlhf.lm.logprobs import policy_output, widen
+from rlhf.lm.rows import Demonstration
 from rlhf.lm.supervised import FitConfig, SupervisedConfig, SupervisedTrainer
 from rlhf.lm.tasks import pad_left
 from rlhf.reduce import count, token_mean
@@ -61,9 +61,7 @@ def sft_trainer(
     )  # fmt: skip
 
 
-def padded_objective(
-    model: PreTrainedModel, rows: Sequence[Demonstration], *, pad_token_id: int
-) -> dict[str, Tensor]:
+def padded_objective(model: PreTrainedModel, rows: Sequence[Demonstration], *, pad_token_id: int) -> dict[str, Tensor]:
     """{"loss": [] nats, summed over the rows' learned tokens}."""
     batch = padded(rows, pad_token_id=pad_token_id).to(model.device)
     output = policy_output(model, batch.sequence_ids, batch.attention_mask, batch.action_mask, temperature=1.0)

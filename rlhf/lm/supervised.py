@@ -1,7 +1,7 @@
 """Epochs over a fixed data set: what supervised fine-tuning and reward modelling share.
 
 An optimizer step takes `batch_size` rows; each process takes every n-th of them, in micro-batches; the denominator is
-counted over the whole step before the first backward, and gradients are summed: the step is the same however it is split.
+counted over the whole step before the first backward, and gradients are summed: the step is the same however split.
 """
 
 import time
@@ -145,7 +145,12 @@ class SupervisedTrainer(Generic[R]):
             )
         check_launch(accelerator)
         self.config, self.tokenizer, self.accelerator = config, tokenizer, accelerator
-        self.train_rows, self.held_out, self.units, self.objective = train, held_out[: run.eval_prompts], units, objective
+        self.train_rows, self.held_out, self.units, self.objective = (
+            train,
+            held_out[: run.eval_prompts],
+            units,
+            objective,
+        )
         self.panels, self.columns, self.describe = panels, columns, describe
         self.held_out_sums: dict[str, Tensor] = {}
         self.folder = RunFolder(run.run_dir)
@@ -169,7 +174,9 @@ class SupervisedTrainer(Generic[R]):
     def _count_steps(self) -> int:
         fit, rows = self.config.optimization, len(self.train_rows)
         if rows < fit.batch_size:
-            raise InputError(f"there are {rows} training rows, fewer than batch_size = {fit.batch_size}: pass --batch-size {rows}")
+            raise InputError(
+                f"there are {rows} training rows, fewer than batch_size = {fit.batch_size}: pass --batch-size {rows}"
+            )
         return fit.steps or rows // fit.batch_size * fit.epochs
 
     def _build_optimizer(self) -> None:
@@ -222,13 +229,19 @@ class SupervisedTrainer(Generic[R]):
         self.accelerator.unscale_gradients()
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.optimization.max_grad_norm))
         if self.accelerator.scaler is None and not norm < float("inf"):
-            raise InputError(f"the gradient is not finite (norm {norm}): training has diverged, lower the learning rate")
+            raise InputError(
+                f"the gradient is not finite (norm {norm}): training has diverged, lower the learning rate"
+            )
         rate = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
-        return self.describe(sums, denominator) | {"grad_norm": norm, "lr": rate, "time/step": time.perf_counter() - started}
+        return self.describe(sums, denominator) | {
+            "grad_norm": norm,
+            "lr": rate,
+            "time/step": time.perf_counter() - started,
+        }
 
     def _batch(self) -> list[R]:
         """Rows of this step: every row once, in random order, before any a second time."""

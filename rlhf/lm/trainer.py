@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rlhf.lm.dynamic_sampling import Batch
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
 from rlhf.lm.generation import Engine, TransformersEngine
 from rlhf.lm.models import assemble_roles, end_token_ids, load_actor
-from rlhf.lm.report import live_columns, collection_metrics, draw_plots, sample_rows
+from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_rows
 from rlhf.lm.rewards import RewardFunction, RewardModel
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
 from rlhf.lm.tasks import Task
@@ -184,7 +185,9 @@ class Trainer:
             self.accelerator.init_trackers("rlhf", config=flat)
         title = str(config.run.run_dir)
         with (
-            LiveView(title, config.optimization.steps, live_columns(self.task), start_step=self.step, enabled=main) as view,
+            LiveView(
+                title, config.optimization.steps, live_columns(self.task), start_step=self.step, enabled=main
+            ) as view,
             MetricsLog(self.folder.metrics, self.accelerator) as metrics_log,
             JsonLines(self.folder.samples) if main else nullcontext() as samples_log,
         ):
@@ -324,7 +327,7 @@ class Trainer:
             "tokens": self.tokens,
             "draws": self.draws,
             "kl_coef": self.kl_coef,
-            "moments": list(self.moments),
+            "moments": asdict(self.moments),
             "first_evaluation": self.first_evaluation,
             "actor": dict(self.roles.actor.state_dict()),
             "critic": None if critic is None else dict(critic.state_dict()),
@@ -338,7 +341,7 @@ class Trainer:
         state = load_state(self._checkpoint)
         self.step, self.tokens, self.draws = state["step"], state["tokens"], state["draws"]
         self.kl_coef = state["kl_coef"]
-        self.moments = Moments(*state["moments"])
+        self.moments = Moments(**state["moments"])
         self.first_evaluation = state["first_evaluation"]
         self.roles.actor.load_state_dict(state["actor"])
         if self.roles.critic is not None:
