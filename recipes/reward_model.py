@@ -27,9 +27,9 @@ SFT = "runs/sft/final"  # where recipes/sft.py leaves its model
 EMBEDDED = RewardModelingConfig(
     source=DataConfig(model=SFT),
     optimization=PairFitConfig(epochs=2, batch_size=64, micro_batch_size=64, learning_rate=1e-3),
-    run=RunConfig(run_dir=Path("runs/reward_model"), eval_every=25, eval_prompts=1000),
+    run=RunConfig(run_dir=Path("runs/reward_model"), eval_every=25, eval_prompts=1200),
 )
-PAIRS, HELD_OUT_PAIRS = 5000, 1200  # asked for; those of equal taste fall away
+PAIRS = 5000  # asked for; those of equal taste fall away
 
 # With --data.
 PRETRAINED = RewardModelingConfig(
@@ -49,7 +49,7 @@ def main(config: RewardModelingConfig) -> None:
     if source.data is None:
         embedded.check_vocabulary(tokenizer, model)
         splits = embedded.sampled_preferences(
-            load_actor(model).eval(), tokenizer, train=PAIRS, held_out=HELD_OUT_PAIRS, seed=seed
+            load_actor(model).eval(), tokenizer, train=PAIRS, held_out=config.run.eval_prompts, seed=seed
         )
     else:
         splits = load_splits(source)

@@ -75,6 +75,31 @@ def test_the_training_loss_is_the_cores(model: PreTrainedModel, center_coef: flo
     torch.testing.assert_close(found["lead"], (chosen - rejected).sum(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("smoothing", [0.1, 0.3])
+def test_with_label_smoothing_the_best_lead_is_finite(smoothing: float) -> None:
+    """(1 - e) log sigmoid(h) + e log sigmoid(-h) is largest at h = logit(1 - e); h is the lead less the margin."""
+
+    class Fixed(torch.nn.Module):
+        device = "cpu"
+
+        def __init__(self, lead: float) -> None:
+            super().__init__()
+            self.lead = torch.nn.Parameter(torch.tensor(lead, dtype=torch.float64))
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> object:
+            logits = torch.stack([self.lead / 2, -self.lead / 2])[:, None]
+            return type("Output", (), {"logits": logits})
+
+    def slope(lead: float) -> float:
+        model = Fixed(lead)
+        pair_objective(model, [Pair([1], [2], 0.7)], pad_token_id=0, label_smoothing=smoothing)["loss"].backward()
+        return float(model.lead.grad)
+
+    best = logit(1 - smoothing) + 0.7
+    assert slope(best) == pytest.approx(0, abs=1e-6)
+    assert slope(best - 0.1) < 0 < slope(best + 0.1)
+
+
 def logit(p: float) -> float:
     return math.log(p / (1 - p))
 

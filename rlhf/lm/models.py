@@ -248,7 +248,7 @@ def load_reward_model(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     found, has_head = _sequence_classifier(model, tokenizer)
     if not has_head:
         raise InputError(
-            f"{model!r} is no reward model: it has no trained head with one label. Train one with recipes/reward_model.py"
+            f"{model!r} is no reward model: it has no trained head with one label; recipes/reward_model.py trains one"
         )
     return found
 

@@ -34,12 +34,15 @@ class PairFitConfig(FitConfig):
 
     center_coef: float = 0.01
     """Weight of (chosen + rejected)^2, which holds scores around 0; 0.01 in its source (arXiv:2312.09244)."""
+    label_smoothing: float = 0.0
+    """Probability that a label is the wrong way round, 0 <= label_smoothing < 0.5: scores then stay finite."""
     use_margins: bool = True
     """Demand the lead that a row's `margin` says, score units; rows without the column have margin 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("center_coef", self.center_coef, low=0, high_open=True)
+        check_range("label_smoothing", self.label_smoothing, low=0, high=0.5, high_open=True)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def reward_model_trainer(
         pair_objective,
         pad_token_id=int(tokenizer.pad_token_id),
         center_coef=config.optimization.center_coef,
+        label_smoothing=config.optimization.label_smoothing,
         use_margins=config.optimization.use_margins,
     )
     return SupervisedTrainer(
@@ -73,14 +77,26 @@ def reward_model_trainer(
 
 
 def pair_objective(
-    model: PreTrainedModel, pairs: Sequence[Pair], *, pad_token_id: int, center_coef: float, use_margins: bool
+    model: PreTrainedModel,
+    pairs: Sequence[Pair],
+    *,
+    pad_token_id: int,
+    center_coef: float = 0.0,
+    label_smoothing: float = 0.0,
+    use_margins: bool = True,
 ) -> dict[str, Tensor]:
-    """Sums over pairs: loss (nats), accuracy, lead and score (score units), and `reliability` [3, BINS]."""
+    """Sums over pairs: loss (nats), accuracy, lead and score (score units), and `reliability` [3, BINS].
+
+    Source of label smoothing here: Wang et al. 2024 (Secrets of RLHF II), arXiv:2401.06080, section 2.
+    """
     chosen, rejected = scores(
         model, [p.chosen_ids for p in pairs] + [p.rejected_ids for p in pairs], pad_token_id=pad_token_id
     ).chunk(2)
-    margin = torch.tensor([p.margin for p in pairs], device=chosen.device) if use_margins else None
+    margin = torch.tensor([p.margin for p in pairs], device=chosen.device) if use_margins else torch.zeros_like(chosen)
     loss = bradley_terry_loss(chosen, rejected, margin=margin, center_coef=center_coef)
+    if label_smoothing:
+        other_way = bradley_terry_loss(rejected, chosen, margin=-margin, center_coef=center_coef)
+        loss = (1 - label_smoothing) * loss + label_smoothing * other_way
     lead = (chosen - rejected).detach()
     return {
         "loss": loss.sum(),
