@@ -16,11 +16,11 @@ from rlhf import algorithm as algorithm_module
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
 from rlhf.lm import config as config_module
-from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
+from rlhf.lm.config import AdapterConfig, OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.rollout import prompt_indices
 
 ROOT = Path(__file__).parent.parent
-CLASSES = [SamplingConfig, AlgorithmConfig, OptimizationConfig, RunConfig, TrainerConfig]
+CLASSES = [SamplingConfig, AlgorithmConfig, OptimizationConfig, AdapterConfig, RunConfig, TrainerConfig]
 COUNT = ([1, 2], [0, -1])  # accepted, refused
 NON_NEGATIVE_COUNT = ([0, 1], [-1])
 POSITIVE = ([1e-9, 0.5, 10.0], [0.0, -1.0, math.nan])
@@ -91,6 +91,11 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "critic_warmup_steps": NON_NEGATIVE_COUNT,
         "weight_decay": NON_NEGATIVE,
         "max_grad_norm": ([0.1, math.inf], [0.0, -1.0, math.nan]),
+    },
+    AdapterConfig: {
+        "lora_rank": NON_NEGATIVE_COUNT,
+        "lora_alpha": COUNT,
+        "lora_targets": (["all-linear", "q_proj,v_proj"], []),
     },
     RunConfig: {
         "run_dir": ([Path("a")], []),

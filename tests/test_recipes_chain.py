@@ -99,7 +99,8 @@ def pretrained(tmp_path: Path) -> str:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{{ '?' if m['role'] == 'user' else '=' }}{{ m['content'] }}"
-        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}={% endif %}"
     )
     tokenizer.save_pretrained(tmp_path / "model")
     tiny_model(max_position_embeddings=512).save_pretrained(tmp_path / "model")

@@ -158,6 +158,22 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank adapters instead of all weights."""
+
+    lora_rank: int = 0
+    """Rank of the adapters; 0: none, all weights are trained."""
+    lora_alpha: int = 32
+    """Adapters are scaled by lora_alpha / lora_rank."""
+    lora_targets: str = "all-linear"
+    """Names of the layers that get one, separated by commas; all-linear: every linear layer of the trunk."""
+
+    def __post_init__(self) -> None:
+        check_range("lora_rank", self.lora_rank, low=0)
+        check_range("lora_alpha", self.lora_alpha, low=1)
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """A whole run."""
 
@@ -165,6 +181,7 @@ class TrainerConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """The roles: actor, critic, reference (reward models are in `rlhf.lm.rewards`), and how they are loaded and saved."""
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,9 @@ from transformers import (
 
 from rlhf.algorithm import CriticKind
 from rlhf.checks import InputError, brief
+from rlhf.lm.config import AdapterConfig
 from rlhf.lm.logprobs import position_ids
+from rlhf.lm.lora import CRITIC, add_adapter, merged, using
 
 VALUE_HEAD = "value_head.safetensors"
 
@@ -47,26 +50,26 @@ class Critic(nn.Module):
     """V(s) before each completion token.
 
     With a trunk of its own it is a transformers token classifier with one label, so that it loads anywhere; without
-    one it is a linear head on the actor's last hidden states.
+    one it is a linear head: on the actor's last hidden states, or on those of the actor's trunk with an adapter of the
+    critic's own (`adapted`, which is the actor and no part of this module).
     """
 
-    def __init__(self, trunk: PreTrainedModel | None, head: nn.Linear | None) -> None:
+    def __init__(
+        self, trunk: PreTrainedModel | None, head: nn.Linear | None, adapted: PreTrainedModel | None = None
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = head
+        self._adapted = (adapted,)  # in a tuple, so that it is not registered
+
+    @property
+    def adapted(self) -> PreTrainedModel | None:
+        return self._adapted[0]
 
     @classmethod
     def separate(cls, actor: PreTrainedModel) -> "Critic":
         """A copy of the actor's trunk under a head of zeros: V starts at 0."""
-        config = copy.deepcopy(actor.config)
-        config.num_labels = 1
-        try:
-            trunk = AutoModelForTokenClassification.from_config(config, dtype=actor.dtype)
-        except ValueError as error:
-            raise InputError(
-                f"transformers has no token classifier for {type(actor).__name__}, so no critic with a trunk of its "
-                "own: use critic='shared', or critic='none' with advantage='group'"
-            ) from error
+        trunk = _token_classifier(actor)
         trunk.base_model.load_state_dict(actor.base_model.state_dict())
         classifier = head_of(trunk)
         nn.init.zeros_(classifier.weight)
@@ -104,6 +107,12 @@ class Critic(nn.Module):
         return cls(trunk.eval(), None)
 
     @classmethod
+    def on_adapter(cls, actor: PreTrainedModel, adapter: AdapterConfig) -> "Critic":
+        """A head of zeros on the actor's frozen trunk with an adapter of the critic's own."""
+        add_adapter(actor, adapter, CRITIC)
+        return cls(None, cls.shared(actor).head, adapted=actor)
+
+    @classmethod
     def shared(cls, actor: PreTrainedModel) -> "Critic":
         """A head of zeros on the actor's own hidden states."""
         size = actor.config.get_text_config().hidden_size
@@ -116,29 +125,52 @@ class Critic(nn.Module):
         self, sequence_ids: Tensor, attention_mask: Tensor, action_mask: Tensor, actor_hidden: Tensor | None
     ) -> Tensor:
         """[B, T] values of the states in which the last T tokens were chosen, at least float32; 0 in masked slots."""
-        if self.trunk is None:
+        states = slice(-action_mask.shape[-1] - 1, -1)
+        inputs = {"input_ids": sequence_ids, "attention_mask": attention_mask.long()}
+        inputs["position_ids"] = position_ids(attention_mask)
+        if self.trunk is not None:
+            values = self.trunk(**inputs).logits[:, states, 0]
+        else:
             assert self.head is not None
+            if self.adapted is not None:
+                with using(self.adapted, CRITIC):
+                    actor_hidden = self.adapted.base_model(**inputs, use_cache=False).last_hidden_state[:, states]
             assert actor_hidden is not None
             values = self.head(actor_hidden).squeeze(-1)
-        else:
-            length = action_mask.shape[-1]
-            values = self.trunk(
-                input_ids=sequence_ids, attention_mask=attention_mask.long(), position_ids=position_ids(attention_mask)
-            ).logits[:, -length - 1 : -1, 0]
         return torch.where(action_mask, values.to(torch.promote_types(values.dtype, torch.float32)), 0.0)
 
     def save_pretrained(self, folder: Path) -> None:
         """A transformers token classifier, or `value_head.safetensors` (weight [1, H], bias [1])."""
         if self.trunk is not None:
-            self.trunk.save_pretrained(folder)
+            merged(self.trunk).save_pretrained(folder)
+        elif self.adapted is not None:
+            assert self.head is not None
+            classifier = _token_classifier(self.adapted)
+            classifier.base_model.load_state_dict(merged(self.adapted, CRITIC).base_model.state_dict())
+            head_of(classifier).load_state_dict(self.head.state_dict(), strict=False)
+            classifier.save_pretrained(folder)
         elif self.head is not None:
             folder.mkdir(parents=True, exist_ok=True)
             save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / VALUE_HEAD)
 
 
+def _token_classifier(actor: PreTrainedModel) -> PreTrainedModel:
+    """Of the actor's architecture, with one label and random weights."""
+    config = copy.deepcopy(actor.config)
+    config.num_labels = 1
+    try:
+        return AutoModelForTokenClassification.from_config(config, dtype=actor.dtype)
+    except ValueError as error:
+        raise InputError(
+            f"transformers has no token classifier for {type(actor).__name__}, so no critic with a trunk of its "
+            "own: use critic='shared', or critic='none' with advantage='group'"
+        ) from error
+
+
 @dataclass
 class Roles:
-    """The models a trainer holds. None: not needed by the algorithm."""
+    """The models a trainer holds. None: not needed by the algorithm. With adapters the reference is the actor itself,
+    to be asked inside `as_reference`."""
 
     actor: PreTrainedModel
     critic: Critic | None
@@ -147,31 +179,49 @@ class Roles:
     @property
     def critic_reads_actor(self) -> bool:
         """Whether the critic is a head on the actor's hidden states, which the actor's forward then has to return."""
-        return self.critic is not None and self.critic.trunk is None
+        return self.critic is not None and self.critic.trunk is None and self.critic.adapted is None
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Inside it, what `reference` says is the reference's."""
+        return using(self.actor, None) if self.reference is self.actor else nullcontext()
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
         """Trained parameters: the actor's, then the critic's own. Each is clipped and has a learning rate by itself."""
-        roles: list[nn.Module | None] = [self.actor, self.critic]
-        groups = [[p for p in role.parameters() if p.requires_grad] for role in roles if role is not None]
-        return [group for group in groups if group]
+        actor = {name: p for name, p in self.actor.named_parameters() if p.requires_grad}
+        critic = [] if self.critic is None else [p for p in self.critic.parameters() if p.requires_grad]
+        if self.critic is not None and self.critic.adapted is not None:
+            critic += [actor.pop(name) for name in list(actor) if f".{CRITIC}." in name]
+        return [group for group in (list(actor.values()), critic) if group]
 
 
 def assemble_roles(
-    actor: PreTrainedModel, *, critic: CriticKind, with_reference: bool, critic_from: str | None = None
+    actor: PreTrainedModel,
+    *,
+    critic: CriticKind,
+    with_reference: bool,
+    critic_from: str | None = None,
+    adapter: AdapterConfig | None = None,
 ) -> Roles:
     """The actor, and on its device the critic and the frozen reference made from it.
 
     Args:
         critic_from: folder or hub id that the critic starts from, see `Critic.from_pretrained`; None: the actor.
+        adapter: with a lora_rank, the actor's weights are frozen and adapters trained; its trunk serves the reference
+            too, and a separate critic unless that starts from a model of its own.
 
     All stay in eval mode for good: dropout would make the ratio differ from 1 before the first update.
     """
     actor = actor.eval()
-    reference = copy.deepcopy(actor).requires_grad_(False) if with_reference else None
-    return Roles(actor, _assembled_critic(actor, critic, critic_from), reference)
+    if adapter is None or not adapter.lora_rank:
+        reference = copy.deepcopy(actor).requires_grad_(False) if with_reference else None
+        return Roles(actor, _assembled_critic(actor, critic, critic_from, None), reference)
+    add_adapter(actor, adapter)
+    return Roles(actor, _assembled_critic(actor, critic, critic_from, adapter), actor if with_reference else None)
 
 
-def _assembled_critic(actor: PreTrainedModel, kind: CriticKind, critic_from: str | None) -> Critic | None:
+def _assembled_critic(
+    actor: PreTrainedModel, kind: CriticKind, critic_from: str | None, adapter: AdapterConfig | None
+) -> Critic | None:
     if kind == "none":
         return None
     if critic_from is not None:
@@ -181,8 +231,13 @@ def _assembled_critic(actor: PreTrainedModel, kind: CriticKind, critic_from: str
                 f"critic={kind!r} cannot start from {critic_from!r}, which holds "
                 f"{'a value head alone' if critic.trunk is None else 'a whole model'}: pass the other --critic"
             )
+        if adapter is not None and critic.trunk is not None:
+            add_adapter(critic.trunk, adapter)
+            head_of(critic.trunk).requires_grad_(True)
+    elif kind == "shared":
+        critic = Critic.shared(actor)
     else:
-        critic = Critic.separate(actor) if kind == "separate" else Critic.shared(actor)
+        critic = Critic.separate(actor) if adapter is None else Critic.on_adapter(actor, adapter)
     return critic.to(actor.device)
 
 

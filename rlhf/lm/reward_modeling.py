@@ -72,7 +72,7 @@ def reward_model_trainer(
     return SupervisedTrainer(
         config, tokenizer=tokenizer, train=train, held_out=held_out, units=lambda row: 1, objective=objective,
         make_model=make_model, panels=PANELS, columns=("loss", "accuracy", "held_out/accuracy", "lr"),
-        describe=describe, accelerator=accelerator,
+        describe=describe, trained_head=("score", "classifier"), accelerator=accelerator,
     )  # fmt: skip
 
 

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from rlhf.checks import InputError, check_choice, check_range
 from rlhf.lm.checks import MAY_CHANGE, check_launch
-from rlhf.lm.config import LRSchedule, RunConfig
+from rlhf.lm.config import AdapterConfig, LRSchedule, RunConfig
 from rlhf.lm.data import DataConfig
+from rlhf.lm.lora import add_adapter, load_trained_state, merged, save_adapter, trained_state
 from rlhf.lm.update import sum_gradients
 from rlhf.run import (
     LiveView,
@@ -82,6 +83,7 @@ class SupervisedConfig:
 
     source: DataConfig = field(default_factory=DataConfig)
     optimization: FitConfig = field(default_factory=FitConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def as_dict(self) -> dict[str, Any]:
@@ -114,6 +116,7 @@ class SupervisedTrainer(Generic[R]):
         objective: sums over the units of some rows.
         make_model: builds the model; called once all checks have passed.
         describe: sums, units -> metrics.
+        trained_head: beginnings of the names of parameters to be trained beside adapters.
         panels, columns: what is drawn, what the terminal shows.
         accelerator: devices, processes and precision; accelerate's own default if None.
     Raises:
@@ -132,6 +135,7 @@ class SupervisedTrainer(Generic[R]):
         make_model: Callable[[], PreTrainedModel],
         panels: Sequence[Panel],
         columns: Sequence[str],
+        trained_head: tuple[str, ...] = (),
         describe: Callable[[dict[str, Tensor], int], dict[str, float]] = per_unit,
         accelerator: Accelerator | None = None,
     ) -> None:
@@ -163,6 +167,11 @@ class SupervisedTrainer(Generic[R]):
         self.model = make_model().to(accelerator.device).eval()
         if accelerator.num_processes > 1:
             broadcast([tensor.data for tensor in (*self.model.parameters(), *self.model.buffers())])
+        if config.adapter.lora_rank:
+            add_adapter(self.model, config.adapter)
+            for name, parameter in self.model.named_parameters():
+                if name.startswith(trained_head):
+                    parameter.requires_grad_(True)
         self._build_optimizer()
         self.step = 0
         if run.resume:
@@ -283,7 +292,7 @@ class SupervisedTrainer(Generic[R]):
         if self.accelerator.is_main_process:
             state = {
                 "step": self.step,
-                "model": dict(self.model.state_dict()),
+                "model": trained_state(self.model),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
@@ -294,7 +303,7 @@ class SupervisedTrainer(Generic[R]):
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        self.model.load_state_dict(state["model"])
+        load_trained_state(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
@@ -305,7 +314,9 @@ class SupervisedTrainer(Generic[R]):
 
     def _finish(self) -> None:
         if self.accelerator.is_main_process:
-            self.model.save_pretrained(self.folder.final)
+            merged(self.model).save_pretrained(self.folder.final)
+            if self.config.adapter.lora_rank:
+                save_adapter(self.model, self.folder.final / "adapter")
             self.tokenizer.save_pretrained(self.folder.final)
             rows = read_json_lines(self.folder.metrics)
             plot_metrics(rows, self.folder.plots / "metrics.png", self.panels, str(self.config.run.run_dir))

@@ -19,6 +19,7 @@ from rlhf.lm.config import TrainerConfig
 from rlhf.lm.dynamic_sampling import Batch
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
 from rlhf.lm.generation import Engine, TransformersEngine
+from rlhf.lm.lora import load_trained_state, merged, save_adapter, trained_state
 from rlhf.lm.models import assemble_roles, end_token_ids, load_actor
 from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_rows
 from rlhf.lm.rewards import RewardFunction, RewardModel
@@ -126,6 +127,7 @@ class Trainer:
             critic=config.algorithm.critic,
             with_reference=config.algorithm.needs_reference,
             critic_from=config.source.critic_from,
+            adapter=config.adapter,
         )
         self.learner = self._build_learner(self.roles.parameter_groups())
         eos_token_ids = end_token_ids(self.roles.actor, self.tokenizer)
@@ -329,8 +331,8 @@ class Trainer:
             "kl_coef": self.kl_coef,
             "moments": asdict(self.moments),
             "first_evaluation": self.first_evaluation,
-            "actor": dict(self.roles.actor.state_dict()),
-            "critic": None if critic is None else dict(critic.state_dict()),
+            "actor": trained_state(self.roles.actor),
+            "critic": None if critic is None else trained_state(critic),
             "optimizer": self.learner.optimizer.state_dict(),
             "scheduler": self.learner.scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -343,9 +345,9 @@ class Trainer:
         self.kl_coef = state["kl_coef"]
         self.moments = Moments(**state["moments"])
         self.first_evaluation = state["first_evaluation"]
-        self.roles.actor.load_state_dict(state["actor"])
+        load_trained_state(self.roles.actor, state["actor"])
         if self.roles.critic is not None:
-            self.roles.critic.load_state_dict(state["critic"])
+            load_trained_state(self.roles.critic, state["critic"])
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.learner.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
@@ -357,7 +359,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _save_actor(self, path: Path) -> None:
-        self.roles.actor.save_pretrained(path)
+        merged(self.roles.actor).save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
     def _finish(self, last: dict[str, float]) -> dict[str, float]:
@@ -370,6 +372,8 @@ class Trainer:
         }
         if self.accelerator.is_main_process:
             self._save_actor(self.folder.final)
+            if self.config.adapter.lora_rank:
+                save_adapter(self.roles.actor, self.folder.final / "adapter")
             if self.roles.critic is not None:
                 self.roles.critic.save_pretrained(self.folder.final / "critic")
             draw_plots(self.folder, self.task)
