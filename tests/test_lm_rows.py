@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf.checks import InputError
 from rlhf.lm.embedded import build_tokenizer
-from rlhf.lm.rows import Demonstration, Pair, Unusable, demonstration, pair, prompt_text, split_dialogues
+from rlhf.lm.rows import Demonstration, Pair, Unusable, demonstration, is_rendered, pair, prompt_text, split_dialogues
 
 CHAT = (
     "{% for m in messages %}{{ '?' if m['role'] == 'user' else '=' }}{{ m['content'] }}"
@@ -175,6 +175,26 @@ def test_prompts_of_every_form(chat: PreTrainedTokenizerFast) -> None:
     assert prompt_text({"prompt": "1+", "completion": "2"}, chat) == "1+"
     assert prompt_text({"messages": [user("1"), assistant("2")]}, chat) == "?1="
     assert prompt_text({"messages": [user("1")]}, chat) == "?1="
+
+
+def test_a_prompt_is_rendered_where_its_text_is_not_the_rows(
+    chat: PreTrainedTokenizerFast, plain: PreTrainedTokenizerFast
+) -> None:
+    """What the chat template wrote holds its special tokens; other prompts get them from the tokenizer."""
+    rows: list[dict[str, Any]] = [
+        {"prompt": "1+2="},
+        {"prompt": "1+", "chosen": "2", "rejected": "3"},
+        {"chosen": "1 2", "rejected": "1 3"},
+        {"prompt": [user("1")]},
+        {"messages": [user("1"), assistant("2")]},
+        {"chosen": DIALOGUE + " 4", "rejected": DIALOGUE + " 5"},
+        {"prompt": "1", "chosen": [user("1"), assistant("2")], "rejected": [user("1"), assistant("3")]},
+    ]
+    for row, rendered in zip(rows, [False] * 3 + [True] * 4, strict=True):
+        assert is_rendered(row, chat) == rendered
+        assert prompt_text(row, chat).startswith("?") == rendered
+        assert not is_rendered(row, plain)
+    assert not is_rendered(rows[5], chat, plain_text=True)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.checks import InputError, brief, check_range
 from rlhf.lm.config import SourceConfig
 from rlhf.lm.rewards import RewardFunction, Row
-from rlhf.lm.rows import Demonstration, Pair, Unusable, demonstration, pair, prompt_text
+from rlhf.lm.rows import Demonstration, Pair, Unusable, demonstration, is_rendered, pair, prompt_text
 from rlhf.lm.tasks import Task
 
 T = TypeVar("T")
@@ -191,17 +191,11 @@ def load_prompt_task(source: SourceConfig, tokenizer: PreTrainedTokenizerBase, *
     data = DataConfig(data=source.data, plain_text=source.plain_prompts)
     convert = partial(prompt_text, tokenizer=tokenizer, plain_text=source.plain_prompts)
     names = ("the training data", "the held-out data")
+    splits = load_splits(data)
     train, held_out = (
         [{"prompt": text} for text in dict.fromkeys(tokenized(rows, convert, name=name))]
-        for rows, name in zip(load_splits(data), names, strict=True)
+        for rows, name in zip(splits, names, strict=True)
     )
     # What a chat template has written holds its special tokens already.
-    is_rendered = tokenizer.chat_template is not None and not source.plain_prompts
-    return Task(
-        "preference",
-        train,
-        held_out,
-        verifier,
-        metric="score",
-        add_special_tokens=not is_rendered,
-    )
+    rendered = is_rendered(splits[0][0], tokenizer, plain_text=source.plain_prompts)
+    return Task("preference", train, held_out, verifier, metric="score", add_special_tokens=not rendered)

@@ -124,6 +124,15 @@ def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase, *, plain_text: boo
     return prompt if isinstance(prompt, str) else _rendered(prompt, tokenizer)
 
 
+def is_rendered(row: Row, tokenizer: PreTrainedTokenizerBase, *, plain_text: bool = False) -> bool:
+    """Whether the row's prompt is written by the chat template, special tokens included."""
+    if tokenizer.chat_template is None:
+        return False
+    if any(isinstance(row.get(column), list) for column in ("prompt", "messages", "completion", "chosen")):
+        return True
+    return not plain_text and row.get("prompt") is None and _MARKER.match(str(row.get("chosen"))) is not None
+
+
 # -- text and messages -------------------------------------------------------------------------------------------------
 
 
