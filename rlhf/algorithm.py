@@ -112,6 +112,14 @@ class AlgorithmConfig:
     does."""
     overlong_scale: float = 1.0
     """What a completion at the limit loses, score units; >= 0."""
+    normalize_scores: bool = False
+    """Shift and scale scores by the mean and std of all scores of the run so far."""
+    score_clip: float | None = None
+    """Scores (after normalisation) are held within +- this; > 0. None: they are not."""
+    missing_eos_penalty: float = 0.0
+    """What a completion cut off at the limit loses, score units (after normalisation and clipping); >= 0."""
+    whiten_rewards: bool = False
+    """Scale per-token rewards, KL included, to variance 1 over the step's tokens; their mean stays (gae)."""
     train_on_truncated: bool = True
     """False: completions cut off at the limit are left out of the loss. Their scores still count in their groups."""
     refill_rounds: int = 0
@@ -137,12 +145,13 @@ class AlgorithmConfig:
             if self.policy_loss not in ("clip", "gspo"):
                 raise InputError(f"dual_clip belongs to policy_loss='clip' or 'gspo', got {self.policy_loss!r}")
         for name in ("clip_high", "gate_temperature_positive", "gate_temperature_negative", "sampler_weight_high",
-                     "value_clip", "kl_target", "kl_horizon"):  # fmt: skip
+                     "value_clip", "kl_target", "kl_horizon", "score_clip"):  # fmt: skip
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low=0, low_open=True, high_open=True)
         if self.sampler_weight_low is not None:
             check_range("sampler_weight_low", self.sampler_weight_low, low=0, high=self.sampler_weight_high)
-        for name in ("value_coef", "entropy_coef", "kl_reward_coef", "kl_loss_coef", "overlong_scale"):
+        for name in ("value_coef", "entropy_coef", "kl_reward_coef", "kl_loss_coef", "overlong_scale",
+                     "missing_eos_penalty"):  # fmt: skip
             check_range(name, getattr(self, name), low=0, high_open=True)
         check_range("overlong_buffer", self.overlong_buffer, low=0, high=1)
         check_range("refill_rounds", self.refill_rounds, low=0)
@@ -158,6 +167,11 @@ class AlgorithmConfig:
         if self.advantage == "decoupled" and self.kl_reward_coef > 0:
             raise InputError("advantage='decoupled' normalises each reward function by itself, and KL is none: use "
                              "kl_loss_coef instead of kl_reward_coef")  # fmt: skip
+        if self.advantage == "decoupled" and self.shapes_scores:
+            raise InputError("advantage='decoupled' normalises each reward function by itself: leave out "
+                             "normalize_scores, score_clip and missing_eos_penalty")  # fmt: skip
+        if self.whiten_rewards and self.advantage != "gae":
+            raise InputError(f"whiten_rewards belongs to advantage='gae', got {self.advantage!r}")
         if self.center_in_groups and self.advantage != "reward_to_go":
             raise InputError(f"center_in_groups belongs to advantage='reward_to_go', got {self.advantage!r}")
         if self.refill_rounds and not self.compares_samples:
@@ -170,6 +184,11 @@ class AlgorithmConfig:
     def needs_reference(self) -> bool:
         """Whether KL to the reference enters the reward or the loss."""
         return self.kl_reward_coef > 0 or self.kl_loss_coef > 0
+
+    @property
+    def shapes_scores(self) -> bool:
+        """Whether scores are changed before they become rewards: see `rlhf.rewards.shape_scores`."""
+        return self.normalize_scores or self.score_clip is not None or self.missing_eos_penalty > 0
 
     @property
     def compares_samples(self) -> bool:
@@ -253,6 +272,8 @@ def estimate_advantages(
             kept = algorithm.numbers.keeps_lone_scores
             scores = keep_lone_scores(centred, scores, group_ids) if kept else centred
         rewards = token_rewards + rewards_at_last_action(scores.to(token_rewards), action_mask)
+        if algorithm.whiten_rewards:
+            rewards = masked_whiten(rewards, action_mask, shift_mean=False, **algorithm.numbers.whitening())
         if advantage == "gae":
             values = torch.zeros_like(rewards) if values is None else values
             advantages, returns = gae(

@@ -1,6 +1,8 @@
-"""Rewards from scores: several components as one score, a penalty for length, a score's place among the actions."""
+"""Rewards from scores: several components as one score, penalties, running normalisation, a score's place among the
+actions."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,6 +55,70 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int, scale: fl
     check_range("buffer", buffer, low=1, high=max_length)
     check_range("scale", scale, low=0)
     return scale * ((max_length - buffer - lengths).clamp(min=-buffer, max=0) / buffer)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of all numbers seen so far: how many, their mean, and the sum of squared deviations from it."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+
+    def including(self, x: Tensor) -> "Moments":
+        """The moments of all numbers seen and those of x, exactly as if they had come at once.
+
+        Source: Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance", eq. 2.1.
+        """
+        x = x.detach().double()
+        count = self.count + x.numel()
+        if not x.numel():
+            return self
+        mean = float(x.mean())
+        shift = mean - self.mean
+        squares = self.squares + float((x - mean).square().sum()) + shift**2 * self.count * x.numel() / count
+        return Moments(count, self.mean + shift * x.numel() / count, squares)
+
+    @property
+    def std(self) -> float:
+        """Biased; 1 where nothing has varied yet."""
+        return (self.squares / self.count) ** 0.5 if self.squares > 0 else 1.0
+
+
+def shape_scores(
+    scores: Tensor,
+    is_finished: Tensor,
+    *,
+    moments: Moments | None = None,
+    clip: float | None = None,
+    missing_eos_penalty: float = 0.0,
+) -> Tensor:
+    """A reward model's scores as PPO gets them: normalised, clipped, less a penalty for not ending; in this order.
+
+    Args:
+        scores: [B] float, score units.
+        is_finished: [B] bool: the completion ended by itself.
+        moments: of the run's scores, these included; the scores become (score - mean) / std. None: they stay.
+        clip: > 0; held within +-clip. None: they are not.
+        missing_eos_penalty: >= 0, subtracted where not finished.
+    Returns:
+        [B], units of std where normalised.
+    Raises:
+        InputError: shapes differ, is_finished is not bool or a number is out of range.
+    Source: normalisation by running statistics and clipping: Zheng et al. 2023 (Secrets of RLHF I), arXiv:2307.04964,
+        section 5.3.1; a low score for what does not end: Huang et al. 2024, arXiv:2403.17031, "EOS trick".
+    """
+    check_float(scores=scores)
+    check_mask(is_finished=is_finished)
+    check_same_shape(scores=scores, is_finished=is_finished)
+    check_range("missing_eos_penalty", missing_eos_penalty, low=0, high_open=True)
+    scores = scores.detach()
+    if moments is not None:
+        scores = (scores - moments.mean) / moments.std
+    if clip is not None:
+        check_range("clip", clip, low=0, low_open=True)
+        scores = scores.clamp(-clip, clip)
+    return torch.where(is_finished, scores, scores - missing_eos_penalty)
 
 
 def rewards_at_last_action(scores: Tensor, action_mask: Tensor) -> Tensor:

@@ -233,3 +233,24 @@ def test_a_missing_dimension_is_one_clear_error() -> None:
 def test_configs_are_data() -> None:
     config = algorithm("group")
     assert AlgorithmConfig(**dataclasses.asdict(config)) == config
+
+
+def test_whitened_rewards_have_variance_one_and_keep_their_mean() -> None:
+    """With lambda = gamma = 1 and no critic the returns are the sums to come of the rewards, so they show them."""
+    algorithm = AlgorithmConfig(gae_lambda=1.0, whiten_rewards=True)
+    rewards = torch.tensor([[1.0, 2.0, -3.0], [0.5, 7.0, 99.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    found = estimate_advantages(
+        algorithm, mask, scores=torch.zeros(2, dtype=torch.float64), group_ids=torch.arange(2), token_rewards=rewards
+    ).returns
+    assert found is not None
+    shown = (found - torch.nn.functional.pad(found[:, 1:], (0, 1)))[mask]
+    assert float(shown.std()) == pytest.approx(1, abs=1e-6)
+    assert float(shown.mean()) == pytest.approx(float(rewards[mask].mean()), abs=1e-9)
+
+
+def test_score_shaping_belongs_to_one_score() -> None:
+    with pytest.raises(InputError, match="decoupled"):
+        AlgorithmConfig(advantage="decoupled", critic="none", normalize_scores=True)
+    with pytest.raises(InputError, match="whiten_rewards belongs to advantage='gae'"):
+        AlgorithmConfig(advantage="reward_to_go", critic="none", whiten_rewards=True)

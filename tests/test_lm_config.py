@@ -16,11 +16,26 @@ from rlhf import algorithm as algorithm_module
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
 from rlhf.lm import config as config_module
-from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, SourceConfig, TrainerConfig
+from rlhf.lm.config import (
+    AdapterConfig,
+    OptimizationConfig,
+    RunConfig,
+    SamplingConfig,
+    SourceConfig,
+    TrainerConfig,
+)
 from rlhf.lm.rollout import prompt_indices
 
 ROOT = Path(__file__).parent.parent
-CLASSES = [SourceConfig, SamplingConfig, AlgorithmConfig, OptimizationConfig, RunConfig, TrainerConfig]
+CLASSES = [
+    SourceConfig,
+    SamplingConfig,
+    AlgorithmConfig,
+    OptimizationConfig,
+    AdapterConfig,
+    RunConfig,
+    TrainerConfig,
+]
 COUNT = ([1, 2], [0, -1])  # accepted, refused
 NON_NEGATIVE_COUNT = ([0, 1], [-1])
 POSITIVE = ([1e-9, 0.5, 10.0], [0.0, -1.0, math.nan])
@@ -34,6 +49,8 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "model": ([None, "folder"], []),
         "task": (["arithmetic"], ["gsm8k"]),
         "data": ([None, "folder"], []),
+        "reward_model": ([None, "folder"], []),
+        "critic_from": ([None, "folder"], []),
         "plain_prompts": FREE,
         "drop_long_prompts": FREE,
         "verifier_workers": NON_NEGATIVE_COUNT,
@@ -80,6 +97,10 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "kl_horizon": POSITIVE,
         "overlong_buffer": CLOSED_UNIT,
         "overlong_scale": NON_NEGATIVE,
+        "normalize_scores": FREE,
+        "score_clip": ([None, 0.1, 5.0], [0.0, -1.0, math.nan]),
+        "missing_eos_penalty": NON_NEGATIVE,
+        "whiten_rewards": FREE,
         "train_on_truncated": FREE,
         "refill_rounds": ([0], [-1]),
         "reduction": (["token_mean", "sequence_mean", "sequence_sum", "fixed_length"], ["mean"]),
@@ -98,8 +119,15 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "warmup_steps": NON_NEGATIVE_COUNT,
         "adam_beta1": ([0.0, 0.9], [1.0, -0.1, math.nan]),
         "adam_beta2": ([0.0, 0.9], [1.0, -0.1, math.nan]),
+        "adam_epsilon": ([1e-8, 1e-5], [0.0, -1.0, math.nan]),
+        "critic_warmup_steps": NON_NEGATIVE_COUNT,
         "weight_decay": NON_NEGATIVE,
         "max_grad_norm": ([0.1, math.inf], [0.0, -1.0, math.nan]),
+    },
+    AdapterConfig: {
+        "lora_rank": NON_NEGATIVE_COUNT,
+        "lora_alpha": COUNT,
+        "lora_targets": (["all-linear", "q_proj,v_proj"], []),
     },
     RunConfig: {
         "run_dir": ([Path("a")], []),

@@ -25,6 +25,7 @@ from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
 from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.embedded import build_tokenizer
+from rlhf.lm.models import assemble_roles
 from rlhf.lm.rewards import RewardModel, exact_answer
 from rlhf.lm.tasks import Task, arithmetic
 from rlhf.lm.trainer import Trainer
@@ -364,3 +365,96 @@ def test_a_reward_model_can_be_the_reward(tmp_path: Path) -> None:
     texts = [sample["prompt"] + sample["completion"] for sample in samples]
     assert samples[0]["score"] == pytest.approx(reward([texts[0]], [""])[0], abs=1e-5)
     assert metrics["reward/std"] > 0
+
+
+PREFERENCE = {"normalize_scores": True, "score_clip": 1.5, "missing_eos_penalty": 0.5, "whiten_rewards": True}
+
+
+def test_the_runs_score_statistics_are_resumed(tmp_path: Path) -> None:
+    """And the critic that started from another model, with a warm-up of its own."""
+    make_trainer(make_config(tmp_path / "former", optimization={"steps": 1})).train()
+    source = {"critic_from": str(tmp_path / "former" / "final" / "critic")}
+
+    def config(run: Path, **changes: Any) -> TrainerConfig:
+        return make_config(
+            run, algorithm=PREFERENCE, source=source, optimization={"critic_warmup_steps": 2}, run=changes
+        )
+
+    whole = make_trainer(config(tmp_path / "whole", run_dir=tmp_path / "whole"))
+    whole.train()
+    cut = make_trainer(config(tmp_path / "cut", run_dir=tmp_path / "cut"))
+    for _ in range(3):
+        cut.train_step()
+        if cut.step == 2:
+            cut.save_checkpoint()
+    resumed = make_trainer(config(tmp_path / "cut", run_dir=tmp_path / "cut", resume=True))
+    assert resumed.step == 2
+    assert resumed.moments.count == 32
+    for row in files_of(tmp_path / "whole")[0][3:]:
+        (metrics,) = without_timings([resumed.train_step()[0]])
+        assert metrics == {name: row[name] for name in metrics}
+    assert resumed.moments == whole.moments
+    for name, value in whole.roles.critic.state_dict().items():
+        assert torch.equal(resumed.roles.critic.state_dict()[name], value), name
+
+
+def test_in_its_warm_up_the_critic_learns_alone(tmp_path: Path) -> None:
+    trainer = make_trainer(make_config(tmp_path / "run", optimization={"critic_warmup_steps": 2}))
+    assert trainer.roles.critic is not None
+
+    def copies(role: torch.nn.Module) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in role.parameters()]
+
+    def moved(role: torch.nn.Module, before: list[torch.Tensor]) -> bool:
+        return any(not torch.equal(p, q) for p, q in zip(role.parameters(), before, strict=True))
+
+    actor, critic = copies(trainer.roles.actor), copies(trainer.roles.critic)
+    for step in range(3):
+        metrics, _ = trainer.train_step()
+        assert moved(trainer.roles.actor, actor) == (step == 2)
+        assert moved(trainer.roles.critic, critic)
+        assert (metrics["lr"] > 0) == (step == 2)
+
+
+def test_rewards_are_the_scores_normalised_and_less_the_penalty(tmp_path: Path) -> None:
+    algorithm = {"kl_reward_coef": 0.0, "kl_target": None, "normalize_scores": True, "missing_eos_penalty": 10.0}
+    config = make_config(tmp_path / "run", algorithm={**algorithm, "kl_loss_coef": 0.1}, sampling={"temperature": 3.0})
+    trainer = make_trainer(config)
+    metrics, _ = trainer.train_step()
+    unfinished = 1 - metrics["completion/finished"]
+    assert 0 < unfinished < 1
+    assert metrics["reward/shaped"] == pytest.approx(-10 * unfinished, abs=1e-5)  # normalised scores have mean 0
+    assert trainer.moments.mean == pytest.approx(metrics["reward/mean"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": {"critic_from": "./nowhere"}}, "no critic could be made from './nowhere'"),
+        ({"source": {"critic_from": "HEAD"}}, "a value head alone"),
+        ({"source": {"critic_from": "TRUNK"}, "algorithm": {"critic": "shared"}}, "a whole model"),
+    ],
+)
+def test_a_critic_that_does_not_fit_is_one_error(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    for name, kind in (("HEAD", "shared"), ("TRUNK", "separate")):
+        if changes["source"]["critic_from"] == name:
+            assemble_roles(tiny_model(), critic=kind, with_reference=False).critic.save_pretrained(tmp_path / name)
+            changes = {**changes, "source": {"critic_from": str(tmp_path / name)}}
+    with pytest.raises(InputError, match=message):
+        make_trainer(make_config(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_critic_is_needed_to_warm_one_up(tmp_path: Path) -> None:
+    for changes in ({"optimization": {"critic_warmup_steps": 1}}, {"source": {"critic_from": "m"}}):
+        with pytest.raises(InputError, match="critic='none'"):
+            make_config(tmp_path / "run", algorithm={"critic": "none", "advantage": "group"}, **changes)
+
+
+def test_a_tasks_own_metric_has_its_name_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = dataclasses.replace(small_task(), verifier=digits_of, metric="taste")
+    summary = make_trainer(make_config(tmp_path / "run", optimization={"steps": 1}), task=task).train()
+    rows = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["taste/greedy"] == summary["final/greedy"]
+    assert "accuracy/greedy" not in rows[-1]
+    assert f"held-out taste, greedy: {summary['initial/greedy']:.3f} ->" in capsys.readouterr().out

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from rlhf.advantages import monte_carlo_returns
 from rlhf.checks import InputError
-from rlhf.rewards import combine_rewards, overlong_penalty, rewards_at_last_action, rewards_at_turn_ends
+from rlhf.rewards import (
+    Moments,
+    combine_rewards,
+    overlong_penalty,
+    rewards_at_last_action,
+    rewards_at_turn_ends,
+    shape_scores,
+)
 
 F64 = torch.float64
 
@@ -127,3 +134,63 @@ BAD: dict[str, tuple[Callable[[], Tensor], str]] = {
 def test_bad_arguments_are_named(call: Callable[[], Tensor], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call()
+
+
+# ------------------------------------------------------------------------------------------- a reward model's scores
+BATCHES = st.lists(st.lists(st.floats(-1e3, 1e3), max_size=5), min_size=1, max_size=6)
+
+
+@given(BATCHES)
+def test_moments_of_batches_are_those_of_all_numbers_at_once(batches: list[list[float]]) -> None:
+    moments = Moments()
+    for batch in batches:
+        moments = moments.including(torch.tensor(batch, dtype=F64))
+    together = torch.tensor([x for batch in batches for x in batch], dtype=F64)
+    assert moments.count == len(together)
+    if len(together):
+        assert moments.mean == pytest.approx(float(together.mean()), abs=1e-9)
+        spread = float((together - together.mean()).square().sum())
+        assert moments.squares == pytest.approx(spread, rel=1e-9, abs=1e-6)
+
+
+def test_a_shift_far_from_zero_costs_no_precision() -> None:
+    moments = (
+        Moments()
+        .including(torch.tensor([1e9, 1e9 + 1], dtype=F64))
+        .including(torch.tensor([1e9 + 2, 1e9 + 3], dtype=F64))
+    )
+    assert moments.std == pytest.approx(1.25**0.5, rel=1e-9)
+
+
+ENDED = torch.tensor([True, True, False, True])
+
+
+def test_scores_normalised_by_their_own_moments_have_mean_zero_and_std_one() -> None:
+    scores = torch.tensor([3.0, -1.0, 10.0, 4.0], dtype=F64)
+    moments = Moments().including(scores)
+    shaped = shape_scores(scores, torch.ones(4, dtype=torch.bool), moments=moments)
+    assert float(shaped.mean()) == pytest.approx(0, abs=1e-12)
+    assert float(shaped.std(correction=0)) == pytest.approx(1, abs=1e-12)
+    affine = shape_scores(5 * scores - 7, ENDED | True, moments=Moments().including(5 * scores - 7))
+    torch.testing.assert_close(affine, shaped)  # blind to the reward model's origin and unit
+
+
+def test_equal_scores_become_zero() -> None:
+    scores = torch.full((4,), 2.5)
+    assert shape_scores(scores, ENDED, moments=Moments().including(scores)).eq(0).all()
+
+
+def test_the_penalty_comes_after_clipping_and_hits_what_did_not_end() -> None:
+    scores = torch.tensor([9.0, -9.0, 9.0, 0.5])
+    assert shape_scores(scores, ENDED, clip=2.0, missing_eos_penalty=1.0).tolist() == [2.0, -2.0, 1.0, 0.5]
+    assert torch.equal(shape_scores(scores, ENDED), scores)
+
+
+def test_shaping_takes_sensible_numbers_alone() -> None:
+    scores = torch.zeros(4)
+    with pytest.raises(InputError, match="clip"):
+        shape_scores(scores, ENDED, clip=0.0)
+    with pytest.raises(InputError, match="missing_eos_penalty"):
+        shape_scores(scores, ENDED, missing_eos_penalty=-1.0)
+    with pytest.raises(InputError, match="is_finished"):
+        shape_scores(scores, torch.ones(3, dtype=torch.bool))

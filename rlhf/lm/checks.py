@@ -33,6 +33,23 @@ def check_processes(config: TrainerConfig, accelerator: Accelerator) -> None:
     Raises:
         InputError: they do not.
     """
+    check_launch(accelerator)
+    if accelerator.device.type == "mps":
+        raise InputError("Apple's GPU has no float64, which sampling needs: give Accelerator(cpu=True)")
+    seen = accelerator.num_processes
+    if config.optimization.prompts_per_step % seen:
+        raise InputError(
+            f"prompts_per_step = {config.optimization.prompts_per_step} does not divide among {seen} processes: "
+            f"make it a multiple of {seen}"
+        )
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """The launcher started what accelerate sees, and every process holds the whole model.
+
+    Raises:
+        InputError: it is not so.
+    """
     started, seen = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
     if started != seen:
         raise InputError(
@@ -45,17 +62,10 @@ def check_processes(config: TrainerConfig, accelerator: Accelerator) -> None:
             f"run has one process; for more, launch with {ON_CPU}",
             file=sys.stderr,
         )
-    if accelerator.device.type == "mps":
-        raise InputError("Apple's GPU has no float64, which sampling needs: give Accelerator(cpu=True)")
     if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU", "MULTI_XPU", "MULTI_NPU"):
         raise InputError(
             f"distributed_type {accelerator.distributed_type.value} shards weights, which this trainer does not do: "
             "every process holds the whole model; choose multi-GPU or one process in `accelerate config`"
-        )
-    if config.optimization.prompts_per_step % seen:
-        raise InputError(
-            f"prompts_per_step = {config.optimization.prompts_per_step} does not divide among {seen} processes: "
-            f"make it a multiple of {seen}"
         )
 
 

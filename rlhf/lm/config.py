@@ -23,6 +23,11 @@ class SourceConfig:
     """arithmetic, or gsm8k (which needs a model)."""
     data: str | None = None
     """For gsm8k: a folder with train.jsonl and test.jsonl, or a hub id."""
+    reward_model: str | None = None
+    """Folder or hub id of a sequence classifier with one label (recipes/ppo_preference.py)."""
+    critic_from: str | None = None
+    """Where a critic with a trunk of its own starts: a reward model, or the critic/ folder of a run; None: the actor's
+    trunk under a head of zeros."""
     plain_prompts: bool = False
     """Ask in plain text: for pretrained models without a chat template."""
     drop_long_prompts: bool = False
@@ -109,6 +114,10 @@ class OptimizationConfig:
     """AdamW's first beta, 0 <= beta < 1."""
     adam_beta2: float = 0.95
     """AdamW's second beta, 0 <= beta < 1."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon, > 0; 1e-5 in OpenAI's PPO."""
+    critic_warmup_steps: int = 0
+    """Rounds at the start in which the critic alone learns; the actor's learning rate is 0."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay, >= 0."""
     max_grad_norm: float = 1.0
@@ -126,6 +135,8 @@ class OptimizationConfig:
         check_range("warmup_steps", self.warmup_steps, low=0)
         for name in ("adam_beta1", "adam_beta2"):
             check_range(name, getattr(self, name), low=0, high=1, high_open=True)
+        check_range("adam_epsilon", self.adam_epsilon, low=0, low_open=True)
+        check_range("critic_warmup_steps", self.critic_warmup_steps, low=0)
         check_range("weight_decay", self.weight_decay, low=0, high_open=True)
         check_range("max_grad_norm", self.max_grad_norm, low=0, low_open=True)
         if self.warmup_steps >= self.optimizer_steps:
@@ -179,6 +190,22 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank adapters instead of all weights."""
+
+    lora_rank: int = 0
+    """Rank of the adapters; 0: none, all weights are trained."""
+    lora_alpha: int = 32
+    """Adapters are scaled by lora_alpha / lora_rank."""
+    lora_targets: str = "all-linear"
+    """Names of the layers that get one, separated by commas; all-linear: every linear layer of the trunk."""
+
+    def __post_init__(self) -> None:
+        check_range("lora_rank", self.lora_rank, low=0)
+        check_range("lora_alpha", self.lora_alpha, low=1)
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     """A whole run."""
 
@@ -186,6 +213,7 @@ class TrainerConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
@@ -194,6 +222,10 @@ class TrainerConfig:
                 f"advantage={self.algorithm.advantage!r} compares samples of one prompt: samples_per_prompt must be at "
                 "least 2"
             )
+        if self.source.critic_from is not None and self.algorithm.critic == "none":
+            raise InputError(f"critic_from = {self.source.critic_from!r}, but critic='none': leave one of them out")
+        if self.optimization.critic_warmup_steps and self.algorithm.critic == "none":
+            raise InputError("critic_warmup_steps, but critic='none': there is none to warm up")
         if self.algorithm.kl_target is not None:
             check_range("kl_horizon", self.algorithm.kl_horizon, low=self.optimization.sequences_per_step)
 

@@ -115,7 +115,8 @@ def predict(
             )
             found = [policy.log_probs, policy.entropy, None, None]
             if roles.reference is not None:
-                found[2] = policy_output(roles.reference, *args, temperature=temperature).log_probs
+                with roles.as_reference():
+                    found[2] = policy_output(roles.reference, *args, temperature=temperature).log_probs
             if roles.critic is not None:
                 found[3] = roles.critic(*args, policy.hidden)
         for column, x in zip(columns, found, strict=True):

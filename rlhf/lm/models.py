@@ -1,16 +1,19 @@
 """The roles: actor, critic, reference (reward models are in `rlhf.lm.rewards`), and how they are loaded and saved."""
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
@@ -19,39 +22,95 @@ from transformers import (
 
 from rlhf.algorithm import CriticKind
 from rlhf.checks import InputError, brief
+from rlhf.lm.config import AdapterConfig
 from rlhf.lm.logprobs import action_states, at_actions, trunk_of, widen
+from rlhf.lm.lora import CRITIC, add_adapter, merged, using
+
+VALUE_HEAD = "value_head.safetensors"
+
+
+def head_of(classifier: PreTrainedModel) -> nn.Linear:
+    """The last layer of a token or sequence classifier."""
+    head = classifier.score if hasattr(classifier, "score") else classifier.classifier
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+def _take_head(trunk: PreTrainedModel, model: str) -> None:
+    """Give a token classifier the head of the sequence classifier that its trunk came from."""
+    source = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=trunk.dtype)
+    ours, theirs = head_of(trunk), head_of(source)
+    with torch.no_grad():
+        ours.weight.copy_(theirs.weight)
+        if ours.bias is not None:
+            ours.bias.copy_(theirs.bias if theirs.bias is not None else torch.zeros_like(ours.bias))
 
 
 class Critic(nn.Module):
     """V(s) before each completion token.
 
     With a trunk of its own it is a transformers token classifier with one label, so that it loads anywhere; without
-    one it is a linear head on the actor's last hidden states.
+    one it is a linear head: on the actor's last hidden states, or on those of the actor's trunk with an adapter of the
+    critic's own (`adapted`, which is the actor and no part of this module).
     """
 
-    def __init__(self, trunk: PreTrainedModel | None, head: nn.Linear | None) -> None:
+    def __init__(
+        self, trunk: PreTrainedModel | None, head: nn.Linear | None, adapted: PreTrainedModel | None = None
+    ) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = head
+        self._adapted = (adapted,)  # in a tuple, so that it is not registered
+
+    @property
+    def adapted(self) -> PreTrainedModel | None:
+        return self._adapted[0]
 
     @classmethod
     def separate(cls, actor: PreTrainedModel) -> "Critic":
         """A copy of the actor's trunk under a head of zeros: V starts at 0."""
-        config = copy.deepcopy(actor.config)
-        config.num_labels = 1
-        try:
-            trunk = AutoModelForTokenClassification.from_config(config, dtype=actor.dtype)
-        except ValueError as error:
-            raise InputError(
-                f"transformers has no token classifier for {type(actor).__name__}, so no critic with a trunk of its "
-                "own: use critic='shared', or critic='none' with advantage='group'"
-            ) from error
+        trunk = _token_classifier(actor)
         trunk.base_model.load_state_dict(actor.base_model.state_dict())
-        classifier = _classifier(trunk)
+        classifier = head_of(trunk)
         nn.init.zeros_(classifier.weight)
         if classifier.bias is not None:
             nn.init.zeros_(classifier.bias)
         return cls(trunk.eval(), None)
+
+    @classmethod
+    def from_pretrained(cls, model: str, actor: PreTrainedModel) -> "Critic":
+        """A critic that starts from a reward model, or from what `save_pretrained` wrote.
+
+        Args:
+            model: folder or hub id of a sequence or token classifier with one label, or a folder with
+                value_head.safetensors, which becomes a head on the actor's trunk.
+            actor: decides dtype and, for a head, its width.
+        Raises:
+            InputError: it cannot be loaded or does not fit.
+        """
+        head_file = Path(model) / VALUE_HEAD
+        try:
+            if head_file.is_file():
+                critic = cls.shared(actor)
+                assert critic.head is not None
+                critic.head.load_state_dict(load_file(head_file))
+                return critic
+            trunk = AutoModelForTokenClassification.from_pretrained(model, num_labels=1, dtype=actor.dtype)
+            architecture = next(iter(AutoConfig.from_pretrained(model).architectures or []), "")
+            if "SequenceClassification" in architecture:  # the same head without a bias, of which nothing is known
+                _take_head(trunk, model)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise InputError(
+                f"no critic could be made from {model!r}: give a reward model with one label, or the critic/ folder of "
+                f"a run ({brief(error)})"
+            ) from error
+        return cls(trunk.eval(), None)
+
+    @classmethod
+    def on_adapter(cls, actor: PreTrainedModel, adapter: AdapterConfig) -> "Critic":
+        """A head of zeros on the actor's frozen trunk with an adapter of the critic's own."""
+        add_adapter(actor, adapter, CRITIC)
+        return cls(None, cls.shared(actor).head, adapted=actor)
 
     @classmethod
     def shared(cls, actor: PreTrainedModel) -> "Critic":
@@ -66,34 +125,52 @@ class Critic(nn.Module):
         self, sequence_ids: Tensor, attention_mask: Tensor, action_mask: Tensor, actor_hidden: Tensor | None
     ) -> Tensor:
         """[B, T] values of the states in which the last T tokens were chosen, at least float32; 0 in masked slots."""
-        if self.trunk is None:
-            assert self.head is not None
-            assert actor_hidden is not None
-            values = self.head(actor_hidden[action_mask])
+        args = (sequence_ids, attention_mask, action_mask)
+        if self.trunk is not None:
+            values = head_of(self.trunk)(action_states(trunk_of(self.trunk), *args))
         else:
-            hidden = action_states(trunk_of(self.trunk), sequence_ids, attention_mask, action_mask)
-            values = _classifier(self.trunk)(hidden)
+            assert self.head is not None
+            if self.adapted is not None:
+                with using(self.adapted, CRITIC):
+                    hidden = action_states(trunk_of(self.adapted), *args)
+            else:
+                assert actor_hidden is not None
+                hidden = actor_hidden[action_mask]
+            values = self.head(hidden)
         return at_actions(widen(values.squeeze(-1)), action_mask)
 
     def save_pretrained(self, folder: Path) -> None:
         """A transformers token classifier, or `value_head.safetensors` (weight [1, H], bias [1])."""
         if self.trunk is not None:
-            self.trunk.save_pretrained(folder)
+            merged(self.trunk).save_pretrained(folder)
+        elif self.adapted is not None:
+            assert self.head is not None
+            classifier = _token_classifier(self.adapted)
+            classifier.base_model.load_state_dict(merged(self.adapted, CRITIC).base_model.state_dict())
+            head_of(classifier).load_state_dict(self.head.state_dict(), strict=False)
+            classifier.save_pretrained(folder)
         elif self.head is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / "value_head.safetensors")
+            save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / VALUE_HEAD)
 
 
-def _classifier(trunk: PreTrainedModel) -> nn.Linear:
-    """A token classifier's head."""
-    head = trunk.score if hasattr(trunk, "score") else trunk.classifier
-    assert isinstance(head, nn.Linear)
-    return head
+def _token_classifier(actor: PreTrainedModel) -> PreTrainedModel:
+    """Of the actor's architecture, with one label and random weights."""
+    config = copy.deepcopy(actor.config)
+    config.num_labels = 1
+    try:
+        return AutoModelForTokenClassification.from_config(config, dtype=actor.dtype)
+    except ValueError as error:
+        raise InputError(
+            f"transformers has no token classifier for {type(actor).__name__}, so no critic with a trunk of its "
+            "own: use critic='shared', or critic='none' with advantage='group'"
+        ) from error
 
 
 @dataclass
 class Roles:
-    """The models a trainer holds. None: not needed by the algorithm."""
+    """The models a trainer holds. None: not needed by the algorithm. With adapters the reference is the actor itself,
+    to be asked inside `as_reference`."""
 
     actor: PreTrainedModel
     critic: Critic | None
@@ -102,26 +179,66 @@ class Roles:
     @property
     def critic_reads_actor(self) -> bool:
         """Whether the critic is a head on the actor's hidden states, which the actor's forward then has to return."""
-        return self.critic is not None and self.critic.trunk is None
+        return self.critic is not None and self.critic.trunk is None and self.critic.adapted is None
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Inside it, what `reference` says is the reference's."""
+        return using(self.actor, None) if self.reference is self.actor else nullcontext()
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
         """Trained parameters: the actor's, then the critic's own. Each is clipped and has a learning rate by itself."""
-        roles: list[nn.Module | None] = [self.actor, self.critic]
-        groups = [[p for p in role.parameters() if p.requires_grad] for role in roles if role is not None]
-        return [group for group in groups if group]
+        actor = {name: p for name, p in self.actor.named_parameters() if p.requires_grad}
+        critic = [] if self.critic is None else [p for p in self.critic.parameters() if p.requires_grad]
+        if self.critic is not None and self.critic.adapted is not None:
+            critic += [actor.pop(name) for name in list(actor) if f".{CRITIC}." in name]
+        return [group for group in (list(actor.values()), critic) if group]
 
 
-def assemble_roles(actor: PreTrainedModel, *, critic: CriticKind, with_reference: bool) -> Roles:
+def assemble_roles(
+    actor: PreTrainedModel,
+    *,
+    critic: CriticKind,
+    with_reference: bool,
+    critic_from: str | None = None,
+    adapter: AdapterConfig | None = None,
+) -> Roles:
     """The actor, and on its device the critic and the frozen reference made from it.
+
+    Args:
+        critic_from: folder or hub id that the critic starts from, see `Critic.from_pretrained`; None: the actor.
+        adapter: with a lora_rank, the actor's weights are frozen and adapters trained; its trunk serves the reference
+            too, and a separate critic unless that starts from a model of its own.
 
     All stay in eval mode for good: dropout would make the ratio differ from 1 before the first update.
     """
     actor = actor.eval()
-    reference = copy.deepcopy(actor).requires_grad_(False) if with_reference else None
-    value_model = None
-    if critic != "none":
-        value_model = (Critic.separate(actor) if critic == "separate" else Critic.shared(actor)).to(actor.device)
-    return Roles(actor, value_model, reference)
+    if adapter is None or not adapter.lora_rank:
+        reference = copy.deepcopy(actor).requires_grad_(False) if with_reference else None
+        return Roles(actor, _assembled_critic(actor, critic, critic_from, None), reference)
+    add_adapter(actor, adapter)
+    return Roles(actor, _assembled_critic(actor, critic, critic_from, adapter), actor if with_reference else None)
+
+
+def _assembled_critic(
+    actor: PreTrainedModel, kind: CriticKind, critic_from: str | None, adapter: AdapterConfig | None
+) -> Critic | None:
+    if kind == "none":
+        return None
+    if critic_from is not None:
+        critic = Critic.from_pretrained(critic_from, actor)
+        if (kind == "shared") != (critic.trunk is None):
+            raise InputError(
+                f"critic={kind!r} cannot start from {critic_from!r}, which holds "
+                f"{'a value head alone' if critic.trunk is None else 'a whole model'}: pass the other --critic"
+            )
+        if adapter is not None and critic.trunk is not None:
+            add_adapter(critic.trunk, adapter)
+            head_of(critic.trunk).requires_grad_(True)
+    elif kind == "shared":
+        critic = Critic.shared(actor)
+    else:
+        critic = Critic.separate(actor) if adapter is None else Critic.on_adapter(actor, adapter)
+    return critic.to(actor.device)
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -158,6 +275,52 @@ def load_actor(model: str, *, dtype: torch.dtype | Literal["auto"] = torch.float
             f"no causal language model could be loaded from {model!r}: give a folder with config.json and "
             f"model.safetensors, or a hub id. ({brief(error)})"
         ) from error
+
+
+def new_reward_model(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A sequence classifier with one label on the trunk of a pretrained model, to be trained.
+
+    A new head's weights are normal with std 1 / sqrt(hidden size + 1): Stiennon et al. 2020, arXiv:2009.01325.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    found, has_head = _sequence_classifier(model, tokenizer)
+    if not has_head:
+        head = head_of(found)
+        nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
+    return found
+
+
+def load_reward_model(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Sequence classifier with one label of a hub id or folder.
+
+    Args:
+        tokenizer: its padding token is where the classifier looks for a text's end.
+    Raises:
+        InputError: it cannot be loaded, or has no head: some other model.
+    """
+    found, has_head = _sequence_classifier(model, tokenizer)
+    if not has_head:
+        raise InputError(
+            f"{model!r} is no reward model: it has no trained head with one label; recipes/reward_model.py trains one"
+        )
+    return found
+
+
+def _sequence_classifier(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, bool]:
+    """The classifier, and whether its head came with it."""
+    try:
+        found, info = AutoModelForSequenceClassification.from_pretrained(
+            model, num_labels=1, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"no reward model could be loaded from {model!r}: give a folder with config.json and model.safetensors, or "
+            f"a hub id. ({brief(error)})"
+        ) from error
+    found.config.pad_token_id = tokenizer.pad_token_id
+    return found, not any(name.endswith(("score.weight", "classifier.weight")) for name in info["missing_keys"])
 
 
 def end_token_ids(actor: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

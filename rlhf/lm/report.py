@@ -9,14 +9,18 @@ from accelerate import Accelerator
 from rlhf.lm.experience import Experience, mean_entropy, sequence_kl
 from rlhf.lm.rewards import RewardFunction
 from rlhf.lm.rollout import OVERLONG, Rollout
+from rlhf.lm.tasks import Task
 from rlhf.lm.verifier_pool import FAULTS, VerifierPool
 from rlhf.masking import explained_variance, masked_sum
 from rlhf.run import Panel, RunFolder, plot_metrics, read_json_lines
 
-LIVE_COLUMNS = ("reward/mean", "accuracy/greedy", "kl/sequence", "entropy", "time/tokens_per_second")
+
+def live_columns(task: Task) -> tuple[str, ...]:
+    """What the terminal shows."""
+    return ("reward/mean", f"{task.metric}/greedy", "kl/sequence", "entropy", "time/tokens_per_second")
+
 
 PANELS = (
-    Panel("Held-out accuracy", (("accuracy/greedy", "greedy"), ("accuracy/sampled", "sampled")), (0.0, 1.02)),
     Panel("Reward per sequence", (("reward/mean", "mean"),)),
     Panel("KL to the reference (nats per sequence)", (("kl/sequence", "k1"),)),
     Panel("Entropy (nats per token)", (("entropy", "entropy"),)),
@@ -76,7 +80,9 @@ def sample_rows(rollout: Rollout, step: int, count: int) -> list[dict[str, Any]]
     return [{"step": step, **row, "completion": completion, "score": score} for row, completion, score in picked]
 
 
-def draw_plots(folder: RunFolder, title: str) -> None:
+def draw_plots(folder: RunFolder, task: Task) -> None:
     """plots/metrics.png from metrics.jsonl."""
     rows = read_json_lines(folder.metrics)
-    plot_metrics(rows, folder.plots / "metrics.png", PANELS, title)
+    lines = ((f"{task.metric}/greedy", "greedy"), (f"{task.metric}/sampled", "sampled"))
+    held_out = Panel(f"Held-out {task.metric}", lines, (0.0, 1.02) if task.metric == "accuracy" else None)
+    plot_metrics(rows, folder.plots / "metrics.png", (held_out, *PANELS), task.name)

@@ -26,7 +26,8 @@ class Task:
     name: str
     train: Sequence[Row]
     held_out: Sequence[Row]
-    verifier: RewardFunction  # 1.0 right, 0.0 wrong: its mean is the accuracy
+    verifier: RewardFunction  # 1.0 right, 0.0 wrong, where the metric is accuracy
+    metric: str = "accuracy"  # what the verifier's mean on held-out prompts is called; another name is no percentage
     add_special_tokens: bool = True  # False where the prompt's text holds them already, as a chat template's does
 
 

@@ -3,26 +3,31 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from rlhf.kl import adapt_kl_coef_proportionally
 from rlhf.lm.checks import MAY_CHANGE, check_context, check_processes, check_rewards
 from rlhf.lm.config import TrainerConfig
+from rlhf.lm.dynamic_sampling import Batch
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
 from rlhf.lm.generation import Engine, build_engine
+from rlhf.lm.lora import load_trained_state, merged, save_adapter, trained_state
 from rlhf.lm.models import assemble_roles, end_token_ids, load_actor
-from rlhf.lm.report import LIVE_COLUMNS, collection_metrics, draw_plots, sample_rows, verifier_counts
+from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_rows, verifier_counts
 from rlhf.lm.rewards import RewardFunction, RewardModel
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
 from rlhf.lm.tasks import Task
 from rlhf.lm.update import Learner, update
 from rlhf.lm.verifier_pool import running
+from rlhf.rewards import Moments, shape_scores
 from rlhf.run import (
     JsonLines,
     LiveView,
@@ -94,6 +99,7 @@ class Trainer:
             check_creatable(run.run_dir)
         self._build_models(make_actor, make_engine)
         self.step, self.tokens, self.draws, self.kl_coef = 0, 0, 0, config.algorithm.kl_reward_coef
+        self.moments = Moments()
         self.first_evaluation: dict[str, float] | None = None
         if run.resume:
             self._restore()
@@ -121,6 +127,8 @@ class Trainer:
             actor,
             critic=config.algorithm.critic,
             with_reference=config.algorithm.needs_reference,
+            critic_from=config.source.critic_from,
+            adapter=config.adapter,
         )
         self.learner = self._build_learner(self.roles.parameter_groups())
         eos_token_ids = end_token_ids(self.roles.actor, self.tokenizer)
@@ -145,6 +153,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(
             [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=False)],
             betas=(optimization.adam_beta1, optimization.adam_beta2),
+            eps=optimization.adam_epsilon,
             weight_decay=optimization.weight_decay,
         )
         scheduler = get_scheduler(
@@ -153,6 +162,9 @@ class Trainer:
             num_warmup_steps=optimization.warmup_steps,
             num_training_steps=optimization.optimizer_steps,
         )
+        warmup = optimization.critic_warmup_steps * optimization.epochs * optimization.minibatches
+        if warmup:
+            hold_back(scheduler, warmup)
         return Learner(self.roles, self.accelerator.prepare_optimizer(optimizer), scheduler)
 
     def _begin(self) -> None:
@@ -177,7 +189,9 @@ class Trainer:
             self.accelerator.init_trackers("rlhf", config=flat)
         title = str(config.run.run_dir)
         with (
-            LiveView(title, config.optimization.steps, LIVE_COLUMNS, start_step=self.step, enabled=main) as view,
+            LiveView(
+                title, config.optimization.steps, live_columns(self.task), start_step=self.step, enabled=main
+            ) as view,
             MetricsLog(self.folder.metrics, self.accelerator) as metrics_log,
             JsonLines(self.folder.samples) if main else nullcontext() as samples_log,
             running(functions),
@@ -220,7 +234,7 @@ class Trainer:
         batch, weights = rollout.batch, self.reward_weights or [1.0] * len(self.reward_functions)
         experience = build_experience(
             batch.sequences,
-            batch.scores,
+            self._shaped(batch),
             rollout.group_ids,
             rollout.predictions,
             config.algorithm,
@@ -249,6 +263,17 @@ class Trainer:
         }
         return metrics, sample_rows(rollout, self.step, config.run.samples_per_log)
 
+    def _shaped(self, batch: Batch) -> torch.Tensor:
+        """[B] the scores as the algorithm wants them; the run's statistics include them from now on."""
+        algorithm = self.config.algorithm
+        if not algorithm.shapes_scores:
+            return batch.scores
+        self.moments = self.moments.including(batch.scores)
+        return shape_scores(
+            batch.scores, batch.is_finished, moments=self.moments if algorithm.normalize_scores else None,
+            clip=algorithm.score_clip, missing_eos_penalty=algorithm.missing_eos_penalty,
+        )  # fmt: skip
+
     def _update(self, experience: Experience) -> dict[str, float]:
         def order(epoch: int) -> torch.Tensor:
             generator = generator_for(self.config.run.seed, "minibatches", self.step, epoch)
@@ -276,7 +301,7 @@ class Trainer:
         seeds = draw_seeds(count, generator_for(self.config.run.seed, "evaluation"))
         found = {}
         for name, chosen in (("greedy", None), ("sampled", seeds)):
-            found[f"accuracy/{name}"] = accuracy(
+            found[f"{self.task.metric}/{name}"] = accuracy(
                 self.sampler, self.held_out_prompts, self.task.verifier, count=count, seeds=chosen
             )
         return found
@@ -287,11 +312,12 @@ class Trainer:
     def _evaluate(self, view: LiveView) -> dict[str, float]:
         started = time.perf_counter()
         found = self.evaluate()
-        view.say(
-            f"step {self.step}: held-out accuracy {found['accuracy/greedy']:.1%} greedy, "
-            f"{found['accuracy/sampled']:.1%} sampled"
-        )
+        greedy, sampled = (self._as_text(found[f"{self.task.metric}/{name}"]) for name in ("greedy", "sampled"))
+        view.say(f"step {self.step}: held-out {self.task.metric} {greedy} greedy, {sampled} sampled")
         return found | {"time/evaluate": time.perf_counter() - started}
+
+    def _as_text(self, x: float) -> str:
+        return f"{x:.1%}" if self.task.metric == "accuracy" else f"{x:.3f}"
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -308,9 +334,10 @@ class Trainer:
             "tokens": self.tokens,
             "draws": self.draws,
             "kl_coef": self.kl_coef,
+            "moments": asdict(self.moments),
             "first_evaluation": self.first_evaluation,
-            "actor": dict(self.roles.actor.state_dict()),
-            "critic": None if critic is None else dict(critic.state_dict()),
+            "actor": trained_state(self.roles.actor),
+            "critic": None if critic is None else trained_state(critic),
             "optimizer": self.learner.optimizer.state_dict(),
             "scheduler": self.learner.scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
@@ -321,10 +348,11 @@ class Trainer:
         state = load_state(self._checkpoint)
         self.step, self.tokens, self.draws = state["step"], state["tokens"], state["draws"]
         self.kl_coef = state["kl_coef"]
+        self.moments = Moments(**state["moments"])
         self.first_evaluation = state["first_evaluation"]
-        self.roles.actor.load_state_dict(state["actor"])
+        load_trained_state(self.roles.actor, state["actor"])
         if self.roles.critic is not None:
-            self.roles.critic.load_state_dict(state["critic"])
+            load_trained_state(self.roles.critic, state["critic"])
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.learner.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None:
@@ -336,31 +364,42 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _save_actor(self, path: Path) -> None:
-        self.roles.actor.save_pretrained(path)
+        merged(self.roles.actor).save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
     def _finish(self, last: dict[str, float]) -> dict[str, float]:
         """Final model and plots; says where everything is."""
         assert self.first_evaluation is not None
         summary = {
-            f"{moment}/{name}": evaluation[f"accuracy/{name}"]
+            f"{moment}/{name}": evaluation[f"{self.task.metric}/{name}"]
             for moment, evaluation in (("initial", self.first_evaluation), ("final", last))
             for name in ("greedy", "sampled")
         }
         if self.accelerator.is_main_process:
             self._save_actor(self.folder.final)
+            if self.config.adapter.lora_rank:
+                save_adapter(self.roles.actor, self.folder.final / "adapter")
             if self.roles.critic is not None:
                 self.roles.critic.save_pretrained(self.folder.final / "critic")
-            draw_plots(self.folder, self.task.name)
+            draw_plots(self.folder, self.task)
+            text = {name: self._as_text(x) for name, x in summary.items()}
             print(
-                f"held-out accuracy, greedy: {summary['initial/greedy']:.1%} -> {summary['final/greedy']:.1%}; "
-                f"sampled: {summary['initial/sampled']:.1%} -> {summary['final/sampled']:.1%}\n"
+                f"held-out {self.task.metric}, greedy: {text['initial/greedy']} -> {text['final/greedy']}; "
+                f"sampled: {text['initial/sampled']} -> {text['final/sampled']}\n"
                 f"model in {self.folder.final}, metrics in {self.folder.metrics}, samples in {self.folder.samples}, "
                 f"plots in {self.folder.plots}"
             )
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return summary
+
+
+def hold_back(scheduler: LambdaLR, steps: int) -> None:
+    """Keep the first parameter group, the actor's, at learning rate 0 for so many steps of the schedule."""
+    schedule = scheduler.lr_lambdas[0]
+    scheduler.lr_lambdas[0] = lambda step: schedule(step) if step >= steps else 0.0
+    scheduler.optimizer.param_groups[0]["lr"] = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](0)
+    scheduler._last_lr[0] = scheduler.optimizer.param_groups[0]["lr"]
 
 
 def default_accelerator(config: TrainerConfig) -> Accelerator:
