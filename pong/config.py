@@ -281,7 +281,7 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
     is_pong = game == "pong"
     # Advantages are whitened to 1, but values of points are off by a tenth or so: without more weight the critic, and
     # with it all credit at a distance, learns last.
-    algorithm = AlgorithmConfig(gae_lambda=0.9, value_coef=5.0)
+    algorithm = AlgorithmConfig(gae_lambda=0.9, value_coef=10.0)
     if is_pong:
         # A miss follows the stroke at once, a won point 20 steps later: a short horizon first teaches to return balls,
         # a longer one then to attack.
@@ -303,5 +303,5 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
         game=fast,
         algorithm=algorithm,
         network=NetworkConfig(channels=(16, 32), kernels=((8, 6), (4, 3)), strides=(4, 2), hidden=256),
-        optimization=OptimizationConfig(total_steps=1_000_000, learning_rate=2e-3, final_learning_rate=2e-5),
+        optimization=OptimizationConfig(total_steps=700_000, learning_rate=2e-3, final_learning_rate=2e-5),
     )
