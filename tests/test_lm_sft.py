@@ -102,6 +102,15 @@ def test_a_step_is_the_same_however_its_rows_are_laid_out(changes: dict[str, obj
         torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-7)
 
 
+def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_tokens(tmp_path: Path) -> None:
+    """Of transformers' own mean, on rows of unequal length in unequal micro-batches."""
+    run = trainer(tmp_path / "run", dtype=torch.float64, micro_batch_size=3)
+    model = tiny_model(dtype=torch.float64)
+    transformers_loss(model, run._batch()).backward()
+    squares = sum(float(p.grad.double().square().sum()) for p in model.parameters())
+    assert run.train_step()["grad_norm"] == pytest.approx(squares**0.5, rel=1e-5)
+
+
 def test_a_run_learns_resumes_exactly_and_leaves_a_model(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole")
     last = whole.train()
