@@ -1,6 +1,6 @@
 """Demonstrations, preferences, reward model, PPO: what each step gains by the hidden rule, and over-optimisation.
 
-    python benchmarks/preference_chain.py                           # seed 0, six KL coefficients
+    python benchmarks/preference_chain.py                           # seed 0, four KL coefficients
     python benchmarks/preference_chain.py --seeds 0 1 2 --kl-coefs 0 0.1
 
 Runs the three recipes as a user does, one after the other; then compares, on held-out prompts: the model after
@@ -38,7 +38,7 @@ class Args:
     """Run the chain, and PPO at several fixed KL coefficients."""
 
     seeds: tuple[int, ...] = (0,)
-    kl_coefs: tuple[float, ...] = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0)
+    kl_coefs: tuple[float, ...] = (0.0, 0.02, 0.1, 0.4)
     best_of: tuple[int, ...] = (4, 16, 64)
     out: Path = Path("runs/benchmark_chain")
 
@@ -121,6 +121,10 @@ def run_name(kl_coef: float) -> str:
     return f"ppo_kl_{kl_coef:g}"
 
 
+def ppo_row(kl_coef: float) -> str:
+    return f"PPO, KL coefficient {kl_coef:g}"
+
+
 def chain(seed: int, args: Args) -> tuple[dict[str, Verdict], str]:
     """One seed's rows of the table, and what its reward model is worth."""
     folder = args.out / f"seed-{seed}"
@@ -136,13 +140,14 @@ def chain(seed: int, args: Args) -> tuple[dict[str, Verdict], str]:
     rows = {"supervised fine-tuning": judge.policy("sft")}
     rows |= {f"best of {n}": judge.best_of(n) for n in args.best_of}
     rows |= {"PPO, adaptive KL": judge.policy("ppo_preference")}
-    rows |= {f"PPO, KL coefficient {coef:g}": judge.policy(run_name(coef)) for coef in args.kl_coefs}
+    rows |= {ppo_row(coef): judge.policy(run_name(coef)) for coef in args.kl_coefs}
     accuracy, error = last["held_out/accuracy"], last["held_out/calibration_error"]
     return rows, f"seed {seed}: reward model's held-out accuracy {accuracy:.1%}, calibration error {error:.3f}"
 
 
 def draw(args: Args, found: dict[int, dict[str, Verdict]]) -> Path:
-    """Proxy and true score against KL: every evaluation of every run, and best-of-n."""
+    """Proxy and true score against KL: every evaluation of every run (without a KL term none is measured), the final
+    policies as stars, and best-of-n."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for colour, coef in enumerate(args.kl_coefs):
@@ -154,6 +159,9 @@ def draw(args: Args, found: dict[int, dict[str, Verdict]]) -> Path:
             style = {"color": f"C{colour}", "marker": ".", "linewidth": 1, "alpha": 0.8}
             left.plot(kl, [row["reward/mean"] for row in rows], label=label, **style)
             right.plot(kl, [row["taste/sampled"] for row in rows], label=label, **style)
+            last = found[seed][ppo_row(coef)]
+            for axes, y in ((left, last.proxy), (right, last.true)):
+                axes.plot([last.kl], [y], marker="*", markersize=11, color=f"C{colour}")
     for seed in args.seeds:
         best = [found[seed][f"best of {n}"] for n in args.best_of]
         label = "best of n" if seed == args.seeds[0] else None
@@ -161,6 +169,7 @@ def draw(args: Args, found: dict[int, dict[str, Verdict]]) -> Path:
         right.plot([v.kl for v in best], [v.true for v in best], "k^--", linewidth=1, label=label)
     left.set(title="Proxy: the reward model's score", xlabel="KL to the start, nats per completion", xscale="symlog")
     right.set(title="True: the hidden rule's score", xlabel="KL to the start, nats per completion", xscale="symlog")
+    right.set_ylim(-6, 4.3)  # 4 is the rule's maximum; there is no minimum
     for axes in (left, right):
         axes.grid(alpha=0.3)
     right.legend(frameon=False, fontsize=8)

@@ -177,6 +177,19 @@ def test_a_reward_model_learns_an_order_and_starts_a_critic(trained: Path, tmp_p
     torch.testing.assert_close(found, values + 0.5, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+def test_a_critic_takes_a_reward_models_head_whatever_its_name(architecture: str, tmp_path: Path) -> None:
+    """gpt2's sequence classifier calls it score, its token classifier classifier."""
+    tiny_model(architecture=architecture).save_pretrained(tmp_path / "base")
+    model = new_reward_model(str(tmp_path / "base"), tokenizer).eval()
+    model.save_pretrained(tmp_path / "reward_model")
+    critic = Critic.from_pretrained(str(tmp_path / "reward_model"), tiny_model(architecture=architecture))
+    batch = sequences_of(["1="], ["290"])
+    values = critic(batch.sequence_ids, batch.attention_mask, batch.action_mask, None)[0]
+    expected = scores(model, encode(["1=", "1=2", "1=29"]), pad_token_id=PAD)
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
+
+
 def test_a_new_head_is_small_and_a_trained_one_is_kept(base: str, trained: Path) -> None:
     head: Tensor = head_of(new_reward_model(base, tokenizer)).weight
     assert 0.5 * 33**-0.5 < float(head.detach().std()) < 1.5 * 33**-0.5

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,15 @@ def test_a_step_is_the_same_however_its_rows_are_laid_out(changes: dict[str, obj
         torch.testing.assert_close(weight, weights[name], rtol=0, atol=1e-7)
 
 
+def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_tokens(tmp_path: Path) -> None:
+    """Of transformers' own mean, on rows of unequal length in unequal micro-batches."""
+    run = trainer(tmp_path / "run", dtype=torch.float64, micro_batch_size=3)
+    model = tiny_model(dtype=torch.float64)
+    transformers_loss(model, run._batch()).backward()
+    squares = sum(float(p.grad.double().square().sum()) for p in model.parameters())
+    assert run.train_step()["grad_norm"] == pytest.approx(squares**0.5, rel=1e-5)
+
+
 def test_a_run_learns_resumes_exactly_and_leaves_a_model(tmp_path: Path) -> None:
     whole = trainer(tmp_path / "whole")
     last = whole.train()
@@ -151,3 +161,22 @@ def test_too_few_rows_are_an_error_before_a_model_is_made(tmp_path: Path) -> Non
     with pytest.raises(InputError, match="24 training rows, fewer than batch_size = 99"):
         trainer(tmp_path / "run", batch_size=99)
     assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """Nine rows a step, of which one process takes five and the other four, in micro-batches of at most three."""
+    trainer(tmp_path / "alone", batch_size=9, micro_batch_size=3).train()
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_lm_sft as t\n"
+        "run = t.trainer(Path(sys.argv[2]), batch_size=9, micro_batch_size=3)\n"
+        "assert run.accelerator.num_processes == 2\n"
+        "run.train()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    arguments = [str(Path(__file__).parent), str(tmp_path / "together")]
+    subprocess.run([*launch, *arguments], check=True, env=environment, timeout=240)
+    one, two = (without_timings(read_json_lines(tmp_path / x / "metrics.jsonl")) for x in ("alone", "together"))
+    for expected, found in zip(one, two, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
