@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from rlhf.kl import adapt_kl_coef_proportionally
@@ -25,7 +24,7 @@ from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_
 from rlhf.lm.rewards import RewardFunction, RewardModel
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
 from rlhf.lm.tasks import Task
-from rlhf.lm.update import Learner, update
+from rlhf.lm.update import Learner, hold_back, update
 from rlhf.lm.verifier_pool import running
 from rlhf.rewards import Moments, shape_scores
 from rlhf.run import (
@@ -392,14 +391,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return summary
-
-
-def hold_back(scheduler: LambdaLR, steps: int) -> None:
-    """Keep the first parameter group, the actor's, at learning rate 0 for so many steps of the schedule."""
-    schedule = scheduler.lr_lambdas[0]
-    scheduler.lr_lambdas[0] = lambda step: schedule(step) if step >= steps else 0.0
-    scheduler.optimizer.param_groups[0]["lr"] = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](0)
-    scheduler._last_lr[0] = scheduler.optimizer.param_groups[0]["lr"]
 
 
 def default_accelerator(config: TrainerConfig) -> Accelerator:
