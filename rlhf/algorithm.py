@@ -257,10 +257,9 @@ def estimate_advantages(
     """
     check_mask(action_mask=action_mask)
     check_same_shape(scores=scores, group_ids=group_ids, action_mask_without_time=action_mask[:, 0])
-    advantage = algorithm.advantage
     token_rewards = scores.new_zeros(action_mask.shape) if token_rewards is None else token_rewards
-    returns = None
-    if advantage in OF_GROUPS:
+    returns: Tensor | None = None
+    if algorithm.advantage in OF_GROUPS:
         totals = scores.detach() + masked_sum(token_rewards.detach(), action_mask, dim=-1)
         per_sequence = _compare(algorithm, totals, group_ids, action_mask, components, weights)
         if algorithm.numbers.keeps_lone_scores:
@@ -272,22 +271,7 @@ def estimate_advantages(
             kept = algorithm.numbers.keeps_lone_scores
             scores = keep_lone_scores(centred, scores, group_ids) if kept else centred
         rewards = token_rewards + rewards_at_last_action(scores.to(token_rewards), action_mask)
-        if algorithm.whiten_rewards:
-            rewards = masked_whiten(rewards, action_mask, shift_mean=False, **algorithm.numbers.whitening())
-        if advantage == "gae":
-            values = torch.zeros_like(rewards) if values is None else values
-            advantages, returns = gae(
-                rewards, values, action_mask, gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda
-            )
-        else:
-            advantages = monte_carlo_returns(rewards, action_mask, gamma=algorithm.gamma)
-        if advantage == "greedy_baseline":
-            if greedy_scores is None:
-                raise InputError(
-                    "advantage='greedy_baseline' needs greedy_scores: those of each prompt's greedy answer"
-                )
-            check_same_shape(scores=scores, greedy_scores=greedy_scores)
-            advantages = fill_masked(advantages - greedy_scores.detach().to(advantages)[:, None], action_mask)
+        advantages, returns = _follow(algorithm, rewards, action_mask, values, greedy_scores)
     if is_trained is not None:
         action_mask = action_mask & is_trained[:, None]
         advantages = fill_masked(advantages, action_mask)
@@ -295,6 +279,28 @@ def estimate_advantages(
     if algorithm.whitens:
         advantages = masked_whiten(advantages, action_mask, **algorithm.numbers.whitening())
     return Estimate(advantages, returns)
+
+
+def _follow(
+    algorithm: AlgorithmConfig,
+    rewards: Tensor,
+    action_mask: Tensor,
+    values: Tensor | None,
+    greedy_scores: Tensor | None,
+) -> Estimate:
+    """Advantages action by action, from the rewards [B, T] that follow each."""
+    if algorithm.whiten_rewards:
+        rewards = masked_whiten(rewards, action_mask, shift_mean=False, **algorithm.numbers.whitening())
+    if algorithm.advantage == "gae":
+        values = torch.zeros_like(rewards) if values is None else values
+        return Estimate(*gae(rewards, values, action_mask, gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda))
+    to_go = monte_carlo_returns(rewards, action_mask, gamma=algorithm.gamma)
+    if algorithm.advantage == "reward_to_go":
+        return Estimate(to_go, None)
+    if greedy_scores is None:
+        raise InputError("advantage='greedy_baseline' needs greedy_scores: those of each prompt's greedy answer")
+    check_same_shape(greedy_scores=greedy_scores, action_mask_without_time=action_mask[:, 0])
+    return Estimate(fill_masked(to_go - greedy_scores.detach().to(to_go)[:, None], action_mask), None)
 
 
 def _compare(
