@@ -1,39 +1,13 @@
-"""An algorithm as data, and the functions of the core that the data chooses: advantages, policy loss, KL term.
+"""An algorithm as data. `rlhf.presets` names combinations, `rlhf.objective` does what the data says."""
 
-`rlhf.presets` names combinations. In somebody else's training loop:
-
-    algorithm = PRESETS["grpo"].algorithm
-    advantages = estimate_advantages(algorithm, action_mask, scores=scores, group_ids=group_ids).advantages
-    loss = policy_loss(algorithm, log_probs, old_log_probs, advantages, action_mask).loss
-    denominator = reduce.count(action_mask, how=algorithm.reduction)       # of the whole optimizer step
-    reduce.reduce(loss, action_mask, how=algorithm.reduction, denominator=denominator).backward()
-"""
-
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
-import torch
-from torch import Tensor
-
-from rlhf.advantages import gae, monte_carlo_returns
-from rlhf.checks import InputError, check_choice, check_mask, check_range, check_same_shape
+from rlhf.checks import InputError, check_choice, check_range
 from rlhf.conventions import CONVENTIONS, Convention
-from rlhf.group_advantages import (
-    best_of_group_advantages,
-    decoupled_group_advantages,
-    group_normalized_advantages,
-    keep_lone_scores,
-    leave_one_out_advantages,
-    length_weighted_advantages,
-    mean_normalized_advantages,
-)
-from rlhf.kl import KLEstimator, kl_estimate
-from rlhf.losses import SurrogateTerms, clipped_surrogate_loss, importance_weighted_loss, reinforce_loss
-from rlhf.masking import fill_masked, masked_sum, masked_whiten
-from rlhf.policy_losses import WeightMode, cispo_loss, gspo_loss, sampler_importance_weights, sapo_loss
+from rlhf.kl import KLEstimator
+from rlhf.policy_losses import WeightMode
 from rlhf.reduce import Reduction
-from rlhf.rewards import rewards_at_last_action
 
 Advantage = Literal[
     "gae", "reward_to_go", "greedy_baseline", "group", "leave_one_out", "length_weighted", "mean_normalized",
@@ -42,7 +16,9 @@ Advantage = Literal[
 PolicyLoss = Literal["clip", "reinforce", "importance", "gspo", "cispo", "sapo"]
 SamplerWeight = Literal["none", "token", "sequence", "sequence_mean"]
 CriticKind = Literal["separate", "shared", "none"]
-ConventionName = Literal["ours", "cleanrl", "stable_baselines3", "openrlhf", "nemo_rl", "verl", "trl"]
+ConventionName = Literal[
+    "ours", "cleanrl", "stable_baselines3", "torchrl", "rlax", "prime_rl", "openrlhf", "nemo_rl", "verl", "trl"
+]
 OF_GROUPS = ("group", "leave_one_out", "length_weighted", "mean_normalized", "best_of_group", "decoupled")
 
 
@@ -128,7 +104,7 @@ class AlgorithmConfig:
     """How per-token losses become one number: token_mean, sequence_mean, sequence_sum or fixed_length
     (max_new_tokens)."""
     convention: ConventionName = "ours"
-    """Whose epsilons, clamps and degrees of freedom, where programs differ: see rlhf.conventions."""
+    """Whose epsilons, clamps, degrees of freedom and masks, where programs differ: see rlhf.conventions."""
 
     def __post_init__(self) -> None:
         for name, options in _CHOICES.items():
@@ -163,6 +139,11 @@ class AlgorithmConfig:
         if self.advantage != "gae" and self.critic != "none":
             raise InputError(
                 f"advantage={self.advantage!r} has no use for a critic: set critic='none', got {self.critic!r}"
+            )
+        if self.numbers.terminal_reward == "slot_after" and self.critic == "shared":
+            raise InputError(
+                f"convention={self.convention!r} wants a value one slot after the last action, which critic='shared', a "
+                "head on the actor's states at its actions, cannot give: set critic='separate'"
             )
         if self.advantage == "decoupled" and self.kl_reward_coef > 0:
             raise InputError("advantage='decoupled' normalises each reward function by itself, and KL is none: use "
@@ -217,172 +198,3 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "reduction": get_args(Reduction),
     "convention": get_args(ConventionName),
 }
-
-
-class Estimate(NamedTuple):
-    """advantages [B, T], 0 in masked slots; returns [B, T], the critic's targets, with gae alone."""
-
-    advantages: Tensor
-    returns: Tensor | None
-
-
-def estimate_advantages(
-    algorithm: AlgorithmConfig,
-    action_mask: Tensor,
-    *,
-    scores: Tensor,
-    group_ids: Tensor,
-    token_rewards: Tensor | None = None,
-    values: Tensor | None = None,
-    greedy_scores: Tensor | None = None,
-    components: Tensor | None = None,
-    weights: Tensor | Sequence[float] | None = None,
-    is_trained: Tensor | None = None,
-) -> Estimate:
-    """Advantages by the algorithm's estimator, whitened if it says so. The whole batch: groups and whitening span it.
-
-    A completion cut off at the length limit was judged as it stands: it counts as ended, like one that stopped.
-
-    Args:
-        action_mask: [B, T] bool.
-        scores: [B] float, one verdict per sequence.
-        group_ids: [B] int64, equal for samples of one prompt.
-        token_rewards: [B, T] float, rewards per action beside the score, such as minus KL to the reference.
-        values: [B, T] float, the critic's (gae); None: 0.
-        greedy_scores: [B] float, score of the greedy completion of each one's prompt (greedy_baseline).
-        components, weights: [B, K] each reward function's verdicts and [K] their weights (decoupled).
-        is_trained: [B] bool; the others get 0 and are left out of whitening. None: all are trained on.
-    Raises:
-        InputError: shapes differ, or something that the estimator needs is missing.
-    """
-    check_mask(action_mask=action_mask)
-    check_same_shape(scores=scores, group_ids=group_ids, action_mask_without_time=action_mask[:, 0])
-    token_rewards = scores.new_zeros(action_mask.shape) if token_rewards is None else token_rewards
-    returns: Tensor | None = None
-    if algorithm.advantage in OF_GROUPS:
-        totals = scores.detach() + masked_sum(token_rewards.detach(), action_mask, dim=-1)
-        per_sequence = _compare(algorithm, totals, group_ids, action_mask, components, weights)
-        if algorithm.numbers.keeps_lone_scores:
-            per_sequence = keep_lone_scores(per_sequence, totals, group_ids)
-        advantages = fill_masked(per_sequence[:, None].expand(action_mask.shape), action_mask)
-    else:
-        if algorithm.center_in_groups:
-            centred = group_normalized_advantages(scores, group_ids, divide_by_std=False)
-            kept = algorithm.numbers.keeps_lone_scores
-            scores = keep_lone_scores(centred, scores, group_ids) if kept else centred
-        rewards = token_rewards + rewards_at_last_action(scores.to(token_rewards), action_mask)
-        advantages, returns = _follow(algorithm, rewards, action_mask, values, greedy_scores)
-    if is_trained is not None:
-        action_mask = action_mask & is_trained[:, None]
-        advantages = fill_masked(advantages, action_mask)
-        returns = None if returns is None else fill_masked(returns, action_mask)
-    if algorithm.whitens:
-        advantages = masked_whiten(advantages, action_mask, **algorithm.numbers.whitening())
-    return Estimate(advantages, returns)
-
-
-def _follow(
-    algorithm: AlgorithmConfig,
-    rewards: Tensor,
-    action_mask: Tensor,
-    values: Tensor | None,
-    greedy_scores: Tensor | None,
-) -> Estimate:
-    """Advantages action by action, from the rewards [B, T] that follow each."""
-    if algorithm.whiten_rewards:
-        rewards = masked_whiten(rewards, action_mask, shift_mean=False, **algorithm.numbers.whitening())
-    if algorithm.advantage == "gae":
-        values = torch.zeros_like(rewards) if values is None else values
-        return Estimate(*gae(rewards, values, action_mask, gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda))
-    to_go = monte_carlo_returns(rewards, action_mask, gamma=algorithm.gamma)
-    if algorithm.advantage == "reward_to_go":
-        return Estimate(to_go, None)
-    if greedy_scores is None:
-        raise InputError("advantage='greedy_baseline' needs greedy_scores: those of each prompt's greedy answer")
-    check_same_shape(greedy_scores=greedy_scores, action_mask_without_time=action_mask[:, 0])
-    return Estimate(fill_masked(to_go - greedy_scores.detach().to(to_go)[:, None], action_mask), None)
-
-
-def _compare(
-    algorithm: AlgorithmConfig,
-    totals: Tensor,
-    group_ids: Tensor,
-    action_mask: Tensor,
-    components: Tensor | None,
-    weights: Tensor | Sequence[float] | None,
-) -> Tensor:
-    """[B] advantages of whole sequences, each compared with the others of its group."""
-    by_std, ddof, epsilon = algorithm.divide_by_std, algorithm.numbers.group_ddof, algorithm.numbers.group_epsilon
-    if algorithm.advantage == "group":
-        return group_normalized_advantages(totals, group_ids, divide_by_std=by_std, ddof=ddof, epsilon=epsilon)
-    if algorithm.advantage == "leave_one_out":
-        return leave_one_out_advantages(totals, group_ids, divide_by_std=by_std, epsilon=epsilon)
-    if algorithm.advantage == "length_weighted":
-        return length_weighted_advantages(totals, action_mask.sum(-1), group_ids)
-    if algorithm.advantage == "mean_normalized":
-        return mean_normalized_advantages(totals, group_ids)
-    if algorithm.advantage == "best_of_group":
-        return best_of_group_advantages(totals, group_ids, divide_by_std=by_std, ddof=ddof, epsilon=epsilon)
-    if components is None or weights is None:
-        raise InputError("advantage='decoupled' needs components [B, K] and weights [K], one per reward function")
-    return decoupled_group_advantages(components, group_ids, weights, divide_by_std=by_std, ddof=ddof, epsilon=epsilon)
-
-
-def policy_loss(
-    algorithm: AlgorithmConfig,
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    action_mask: Tensor,
-    *,
-    sampler_log_probs: Tensor | None = None,
-) -> SurrogateTerms:
-    """The algorithm's policy loss per action, unreduced, weighed against the sampler if it says so.
-
-    Args:
-        log_probs: [B, T] float, nats; carries the gradient.
-        old_log_probs: [B, T] float, nats; same actions, the actor before this update.
-        advantages: [B, T] float.
-        action_mask: [B, T] bool.
-        sampler_log_probs: [B, T] float, nats, as the rollout engine reported them (sampler_weight).
-    Returns:
-        SurrogateTerms(loss, ratio, is_clipped), [B, T] each.
-    Raises:
-        InputError: shapes differ, the mask is not bool, or sampler_log_probs is needed and missing.
-    """
-    args = (log_probs, old_log_probs, advantages, action_mask)
-    low, high, dual = algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip
-    if algorithm.policy_loss == "cispo":
-        terms = cispo_loss(*args, clip_low=low, clip_high=high)
-    elif algorithm.policy_loss == "sapo":
-        positive, negative = algorithm.gate_temperature_positive, algorithm.gate_temperature_negative
-        terms = sapo_loss(*args, temperature_positive=positive, temperature_negative=negative)
-    elif algorithm.policy_loss == "importance":
-        terms = importance_weighted_loss(*args)
-    elif algorithm.policy_loss == "reinforce":
-        ratio = fill_masked((log_probs - old_log_probs).detach(), action_mask).exp()
-        terms = SurrogateTerms(reinforce_loss(log_probs, advantages, action_mask), ratio, torch.zeros_like(action_mask))
-    else:
-        assert low is not None  # the config's check
-        clip = gspo_loss if algorithm.policy_loss == "gspo" else clipped_surrogate_loss
-        terms = clip(*args, clip_low=low, clip_high=high, dual_clip=dual)
-    if algorithm.sampler_weight == "none":
-        return terms
-    if sampler_log_probs is None:
-        raise InputError(f"sampler_weight={algorithm.sampler_weight!r} needs sampler_log_probs: the rollout engine's")
-    weights = sampler_importance_weights(
-        old_log_probs, sampler_log_probs, action_mask, level=algorithm.sampler_weight,
-        mode=algorithm.sampler_weight_mode, high=algorithm.sampler_weight_high, low=algorithm.sampler_weight_low,
-    )  # fmt: skip
-    return terms._replace(loss=terms.loss * weights)
-
-
-def kl_to_reference(
-    algorithm: AlgorithmConfig, log_probs: Tensor, ref_log_probs: Tensor, action_mask: Tensor
-) -> Tensor:
-    """The KL term of the loss per action, [B, T] nats, by the algorithm's estimator; not yet times kl_loss_coef."""
-    estimator = algorithm.kl_estimator
-    return kl_estimate(
-        log_probs, ref_log_probs, action_mask, estimator=estimator,
-        straight_through=algorithm.kl_straight_through, **algorithm.numbers.kl_clamps(estimator),
-    )  # fmt: skip

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from rlhf import group_advantages as groups
 from rlhf.advantages import gae, monte_carlo_returns
-from rlhf.algorithm import AlgorithmConfig, Estimate, SamplerWeight, estimate_advantages, kl_to_reference, policy_loss
+from rlhf.algorithm import AlgorithmConfig, SamplerWeight
 from rlhf.checks import InputError
 from rlhf.kl import kl_estimate
 from rlhf.losses import clipped_surrogate_loss, importance_weighted_loss
 from rlhf.masking import masked_whiten
+from rlhf.objective import Estimate, estimate_advantages, kl_to_reference, policy_loss
 from rlhf.policy_losses import cispo_loss, gspo_loss, sampler_importance_weights, sapo_loss
 
 generator = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 CHECKS, PRIMITIVES = {"rlhf.checks"}, {"rlhf.checks", "rlhf.categorical", "rlhf.masking", "rlhf.scan"}
 ESTIMATORS = {f"rlhf.{name}" for name in ("advantages", "group_advantages", "kl", "losses", "reduce", "rewards")}
 LOSSES = {"rlhf.policy_losses", "rlhf.preference_losses"}
-NAMED = {"rlhf.conventions", "rlhf.algorithm", "rlhf.presets"}
+NAMED = {"rlhf.conventions", "rlhf.algorithm", "rlhf.presets", "rlhf.objective"}
 CORE = PRIMITIVES | ESTIMATORS | LOSSES | NAMED
 ALLOWED: dict[str, set[str]] = {
     "rlhf": set(),
@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "rlhf.preference_losses": PRIMITIVES,
     "rlhf.conventions": CHECKS,
     "rlhf.algorithm": PRIMITIVES | ESTIMATORS | LOSSES | {"rlhf.conventions"},
+    "rlhf.objective": PRIMITIVES | ESTIMATORS | LOSSES | {"rlhf.algorithm"},
     "rlhf.presets": {"rlhf.algorithm"},
     "rlhf.run": CHECKS,
     "rlhf.lm": CORE | {"rlhf.run"},

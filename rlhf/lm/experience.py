@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.algorithm import AlgorithmConfig, estimate_advantages
+from rlhf.algorithm import AlgorithmConfig
 from rlhf.kl import kl_estimate
 from rlhf.lm.batching import micro_batches
 from rlhf.lm.logprobs import packs, policy_output
 from rlhf.lm.models import Roles
 from rlhf.masking import fill_masked, masked_mean, masked_sum
+from rlhf.objective import estimate_advantages
 from rlhf.rewards import rewards_at_last_action
 
 Autocast = Callable[[], AbstractContextManager[Any]]
@@ -152,7 +153,7 @@ def build_experience(
         kl_reward_coef: the coefficient in force, reward units per nat.
         sampler_log_probs: [B, T] nats, as the engine reported them.
         token_rewards: [B, T] float, rewards per action beside the score and KL.
-        greedy_scores, components, weights: see `rlhf.algorithm.estimate_advantages`.
+        greedy_scores, components, weights: see `rlhf.objective.estimate_advantages`.
         is_finished: [B] bool; with train_on_truncated=False the others lose their actions.
     """
     mask = sequences.action_mask

@@ -14,8 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from rlhf import losses
-from rlhf.algorithm import AlgorithmConfig, kl_to_reference, policy_loss
+from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
 from rlhf.kl import kl_estimate
 from rlhf.lm.batching import micro_batches
@@ -24,7 +23,8 @@ from rlhf.lm.experience import Experience
 from rlhf.lm.logprobs import packs, policy_output
 from rlhf.lm.models import Roles
 from rlhf.masking import masked_sum
-from rlhf.reduce import count, reduce
+from rlhf.objective import critic_loss, kl_to_reference, loss_denominator, policy_loss
+from rlhf.reduce import reduce
 
 
 class Learner(NamedTuple):
@@ -88,7 +88,7 @@ def optimizer_step(
     """
     algorithm = config.algorithm
     mask = experience.sequences.action_mask[rows]
-    denominator = count(mask, how=algorithm.reduction) + algorithm.numbers.count_epsilon
+    denominator = loss_denominator(algorithm, mask)
     sums: dict[str, Tensor] = {}
     for part in my_micro_batches(learner.roles, experience, rows, config, accelerator):
         with accelerator.autocast():
@@ -174,10 +174,8 @@ def surrogate_objective(
     if roles.critic is not None:
         assert part.returns is not None
         values = roles.critic(*args, policy.hidden)
-        value = losses.value_loss(
-            values, part.returns, mask, old_values=part.old_values, value_clip=algorithm.value_clip
-        )
-        value_loss = algorithm.numbers.value_loss_factor * reduced(value.loss)
+        value = critic_loss(algorithm, values, part.returns, mask, old_values=part.old_values)
+        value_loss = reduced(value.loss)
         loss = loss + algorithm.value_coef * value_loss
         terms["value/loss"] = value_loss
         terms["value/clip_fraction"] = masked_sum(value.is_clipped.float(), mask)

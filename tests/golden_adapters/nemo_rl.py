@@ -21,11 +21,13 @@ from golden_adapters.common import (
     var_of,
 )
 from rlhf.advantages import gae
+from rlhf.algorithm import AlgorithmConfig
 from rlhf.conventions import CONVENTIONS
 from rlhf.group_advantages import group_normalized_advantages, leave_one_out_advantages
 from rlhf.kl import kl_estimate
 from rlhf.losses import clipped_surrogate_loss, importance_weighted_loss, reinforce_loss, value_loss
 from rlhf.masking import masked_mean, masked_sum, masked_var, masked_whiten
+from rlhf.objective import loss_denominator
 from rlhf.policy_losses import cispo_loss, gspo_loss, sampler_importance_weights
 from rlhf.preference_losses import bradley_terry_loss, dpo_loss
 from rlhf.reduce import sequence_mean, token_mean
@@ -167,8 +169,13 @@ def policy_loss(x: Any, p: Any) -> Outputs:
     clamped = ratio if p.disable_ppo_ratio else ratio.clamp(1 - p.ratio_clip_min, 1 + p.ratio_clip_max)
     if p.use_importance_sampling_correction:
         loss = loss * sampler_weights(x, p, mask)
-    tokens = (p.global_valid_toks or mask.sum().double()) + CONVENTION.count_epsilon
-    rows = (p.global_valid_seqs or x.sample_mask.sum().double()) + CONVENTION.count_epsilon  # rows without tokens count
+    valid = mask[x.sample_mask.bool()]  # rows without tokens count
+    tokens, rows = (
+        given + CONVENTION.count_epsilon
+        if given
+        else loss_denominator(AlgorithmConfig(reduction=how, convention="nemo_rl"), valid)
+        for given, how in ((p.global_valid_toks, "token_mean"), (p.global_valid_seqs, "sequence_mean"))
+    )
 
     def reduced(per_token: Tensor) -> Tensor:
         if p.token_level_loss:

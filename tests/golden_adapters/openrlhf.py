@@ -15,7 +15,6 @@ from golden_adapters.common import (
     at,
     consecutive_groups,
     entropy_of,
-    everywhere,
     fraction,
     gradients,
     is_dual,
@@ -26,11 +25,13 @@ from golden_adapters.common import (
     row_by_row,
 )
 from rlhf.advantages import gae, monte_carlo_returns
+from rlhf.algorithm import AlgorithmConfig
 from rlhf.conventions import CONVENTIONS
 from rlhf.group_advantages import group_normalized_advantages, leave_one_out_advantages
 from rlhf.kl import kl_estimate
 from rlhf.losses import clipped_surrogate_loss, reinforce_loss, value_loss
 from rlhf.masking import masked_mean, masked_whiten
+from rlhf.objective import estimate_advantages
 from rlhf.policy_losses import gspo_loss, sampler_importance_weights
 from rlhf.preference_losses import bradley_terry_loss, dpo_loss, ipo_loss
 from rlhf.reduce import count, reduce
@@ -38,13 +39,11 @@ from rlhf.rewards import overlong_penalty, rewards_at_last_action
 
 CONVENTION = CONVENTIONS["openrlhf"]
 
-LOG_RATIO_CLAMP = math.exp(20)  # its clamp of the log ratio to +-20 is a bound on the ratio, where A < 0
-
 
 # ---------------------------------------------------------------------------------------------------------- advantages
 def through_gaps(mask: Tensor, **arrays: Tensor) -> tuple[Tensor, ...]:
-    """Its masked slots are steps of reward and value 0: ours with an all-True mask on zeroed arrays."""
-    return (*(torch.where(mask, array, 0.0) for array in arrays.values()), everywhere(mask))
+    """Its masked slots are steps of reward and value 0."""
+    return (*(torch.where(mask, array, 0.0) for array in arrays.values()), CONVENTION.steps(mask))
 
 
 def gae_of_tokens(x: Any, p: Any) -> Outputs:
@@ -82,6 +81,12 @@ def experience(x: Any, p: Any) -> Outputs:
     elif p.estimator == "group_norm":
         scores = group_normalized_advantages(scores, ids, epsilon=CONVENTION.group_epsilon)
     reward = rewards_at_last_action(scores, mask) - p.kl_coef * x.kl.detach()
+    if p.estimator == "gae" and not p.no_std_norm:  # as the trainer does by its convention
+        algorithm = AlgorithmConfig(gamma=p.gamma, gae_lambda=p.lambd, convention="openrlhf")
+        rewards = {"scores": scores, "token_rewards": -p.kl_coef * x.kl.detach()}
+        estimate = estimate_advantages(algorithm, mask, group_ids=ids, values=x.values, **rewards)
+        assert estimate.returns is not None
+        return {"advantages": at(estimate.advantages, mask), "returns": at(estimate.returns, mask)}
     if p.estimator == "gae":
         steps = through_gaps(mask, rewards=reward, values=x.values)
         advantages, returns = gae(*steps, gamma=p.gamma, gae_lambda=p.lambd)
@@ -134,7 +139,7 @@ def policy_loss(x: Any, p: Any) -> Outputs:
     bounds = {"clip_low": p.clip_eps_low, "clip_high": p.clip_eps_high}
     outputs: Outputs = {"ppo_kl": masked_mean(kl_estimate(old, log_probs, mask, estimator="k1"), mask)}
     if p.policy_loss_type == "ppo":
-        dual = p.dual_clip or LOG_RATIO_CLAMP
+        dual = p.dual_clip or CONVENTION.dual_clip  # its clamp of the log ratio
         terms = clipped_surrogate_loss(log_probs, old, advantages, mask, **bounds, dual_clip=dual)
     else:  # gspo against the sampler itself, if corrected
         behavior = x.rollout_log_probs if p.enable_vllm_is_correction else old

@@ -17,8 +17,10 @@ from golden_adapters.common import (
 )
 from golden_adapters.control import by_env, gae_from_starts
 from rlhf.advantages import n_step_returns
+from rlhf.algorithm import AlgorithmConfig
 from rlhf.kl import kl_estimate
-from rlhf.losses import categorical_entropy, clipped_surrogate_loss, reinforce_loss, value_loss
+from rlhf.losses import categorical_entropy, clipped_surrogate_loss, reinforce_loss
+from rlhf.objective import critic_loss
 
 
 def gae_with_truncation(x: Any, p: Any) -> Outputs:
@@ -58,10 +60,9 @@ def ppo_update(x: Any, p: Any) -> Outputs:
     terms = clipped_surrogate_loss(
         x.log_prob, x.old_log_prob, advantages, mask, clip_low=p.clip_range, clip_high=p.clip_range
     )
-    policy, values = mean(terms.loss), x.values
-    if p.clip_range_vf is not None:  # the clipped prediction replaces the other, ours takes the worse of both
-        values = x.old_values.detach() + (x.values - x.old_values.detach()).clamp(-p.clip_range_vf, p.clip_range_vf)
-    value = 2 * mean(value_loss(values, x.returns, mask).loss)  # no 1/2
+    policy = mean(terms.loss)
+    algorithm = AlgorithmConfig(value_clip=p.clip_range_vf, convention="stable_baselines3")
+    value = mean(critic_loss(algorithm, x.values, x.returns, mask, old_values=x.old_values).loss)
     entropy = mean(x.entropy) if p.analytic_entropy else -mean(x.log_prob)
     total = policy + p.vf_coef * value - p.ent_coef * entropy
     backwards = kl_estimate(x.old_log_prob, x.log_prob, mask, estimator="k3")
@@ -79,7 +80,8 @@ def a2c_update(x: Any, p: Any) -> Outputs:
     if p.normalize_advantage:
         advantages = standardized(advantages)
     policy = mean(reinforce_loss(x.log_prob, advantages, mask))
-    value = 2 * mean(value_loss(x.values, x.returns, mask).loss)  # no 1/2
+    algorithm = AlgorithmConfig(value_clip=None, convention="stable_baselines3")
+    value = mean(critic_loss(algorithm, x.values, x.returns, mask).loss)
     entropy = mean(x.entropy) if p.analytic_entropy else -mean(x.log_prob)
     total = policy + p.vf_coef * value - p.ent_coef * entropy
     return {

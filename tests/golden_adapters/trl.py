@@ -22,16 +22,19 @@ from golden_adapters.common import (
     var_of,
     whiten_of,
 )
-from rlhf.advantages import gae
+from rlhf.algorithm import AlgorithmConfig
 from rlhf.conventions import CONVENTIONS
 from rlhf.group_advantages import decoupled_group_advantages, leave_one_out_advantages
 from rlhf.kl import kl_estimate
 from rlhf.losses import SurrogateTerms, clipped_surrogate_loss, importance_weighted_loss, value_loss
 from rlhf.masking import fill_masked, masked_mean, masked_sum, masked_var, masked_whiten
+from rlhf.objective import estimate_advantages, loss_denominator
 from rlhf.policy_losses import cispo_loss, gspo_loss, sampler_importance_weights, sapo_loss
 from rlhf.preference_losses import bradley_terry_loss, dpo_loss, ipo_loss
 from rlhf.reduce import count, fixed_length, sequence_mean, sequence_sum, token_mean
 from rlhf.rewards import combine_rewards, rewards_at_last_action
+
+CONVENTION = CONVENTIONS["trl"]
 
 
 # ---------------------------------------------------------------------------------------------------------- advantages
@@ -43,7 +46,7 @@ def group_advantages(x: Any, p: Any) -> Outputs:
     components = x.rewards_per_func.detach()
     ids = consecutive_groups(components, p.num_generations)
     if p.multi_objective_aggregation == "normalize_then_sum":  # and then over the batch, 1e-4 on that std too
-        total = decoupled_group_advantages(components, ids, p.reward_weights, epsilon=CONVENTIONS["trl"].group_epsilon)
+        total = decoupled_group_advantages(components, ids, p.reward_weights, epsilon=CONVENTION.group_epsilon)
         scored = ~components.isnan().all(-1)
         std = masked_var(total, scored).sqrt() + 1e-4
         return {"advantages": fill_masked((total - masked_mean(total, scored)) / std, scored)}
@@ -51,7 +54,7 @@ def group_advantages(x: Any, p: Any) -> Outputs:
     # One component of the decoupled form leaves NaN out of its group, as the peer does; ours otherwise lets it through.
     by_group = p.scale_rewards == "group"
     advantages = decoupled_group_advantages(
-        scores[:, None], ids, [1.0], divide_by_std=by_group, epsilon=CONVENTIONS["trl"].group_epsilon
+        scores[:, None], ids, [1.0], divide_by_std=by_group, epsilon=CONVENTION.group_epsilon
     )
     if p.scale_rewards == "batch":
         advantages = advantages / (masked_var(scores, ~scores.isnan()).sqrt() + 1e-4)
@@ -81,21 +84,28 @@ def rloo_rollout(x: Any, p: Any) -> Outputs:
     return {"advantages": advantages, "old_logps": masked_sum(x.old_per_token_logps, mask, dim=-1)}
 
 
-def up_to(x: Any, like: Tensor, *, further: int = 0) -> Tensor:
-    return torch.arange(like.shape[1]) <= x.last_token_index[:, None] + further
+def masks(x: Any) -> tuple[Tensor, Tensor]:
+    """Of the actions, and of the values, which reach one slot further where there is one: there stands the score."""
+    mask = torch.arange(x.values.shape[1]) <= x.last_token_index[:, None]
+    return mask, CONVENTION.value_mask(mask)
 
 
 def ppo_rollout(x: Any, p: Any) -> Outputs:
-    """The score stands one slot after the last response token, where there is room, and values reach as far."""
-    mask, with_score = up_to(x, x.values), up_to(x, x.values, further=1)
-    kl = kl_estimate(x.logprobs, x.ref_logprobs, mask, estimator=p.kl_estimator).detach()
-    rewards = rewards_at_last_action(x.scores, with_score) - p.kl_coef * kl
+    """As the trainer does by its convention."""
+    mask, valued = masks(x)
+    penalty = p.kl_coef * kl_estimate(x.logprobs, x.ref_logprobs, mask, estimator=p.kl_estimator).detach()
+    algorithm = AlgorithmConfig(gamma=p.gamma, gae_lambda=p.lam, whiten_rewards=p.whiten_rewards, convention="trl")
+    alone = torch.arange(len(mask))
+    found = estimate_advantages(
+        algorithm, mask, scores=x.scores, group_ids=alone, token_rewards=-penalty, values=x.values
+    )
+    rewards = rewards_at_last_action(x.scores, valued) - penalty
     if p.whiten_rewards:
-        rewards = masked_whiten(rewards, with_score, shift_mean=False)
-    estimate = gae(rewards, x.values, with_score, gamma=p.gamma, gae_lambda=p.lam)
+        rewards = masked_whiten(rewards, valued, shift_mean=False)
+    assert found.returns is not None
     return {
-        "rewards": rewards, "values": fill_masked(x.values, with_score), "returns": estimate.returns,
-        "advantages": masked_whiten(estimate.advantages, mask),
+        "rewards": rewards, "values": fill_masked(x.values, valued), "returns": found.returns,
+        "advantages": found.advantages,
     }  # fmt: skip
 
 
@@ -114,7 +124,8 @@ def surrogate(x: Any, p: Any, advantages: Tensor, mask: Tensor) -> SurrogateTerm
 
 def reduced(per_token: Tensor, mask: Tensor, p: Any) -> Tensor:
     """`grpo`, `sapo` and others average over all rows, empty ones too."""
-    rows, counted = len(mask), count(mask, how="token_mean")
+    rows = loss_denominator(AlgorithmConfig(reduction="sequence_mean", convention="trl"), mask)
+    counted = count(mask, how="token_mean")
     tokens = p.num_items_in_batch or counted
     if p.loss_type in ("grpo", "sapo"):
         loss = sequence_mean(per_token, mask, denominator=rows)
@@ -182,7 +193,7 @@ def rloo_loss(x: Any, p: Any) -> Outputs:
 
 def ppo_update(x: Any, p: Any) -> Outputs:
     """Values are trained one slot further than the policy."""
-    mask, with_score = up_to(x, x.values), up_to(x, x.values, further=1)
+    mask, with_score = masks(x)
     bounds = {"clip_low": p.cliprange, "clip_high": p.cliprange}
     terms = clipped_surrogate_loss(x.new_logprobs, x.logprobs, x.advantages, mask, **bounds)
     clip = {"old_values": x.values, "value_clip": p.cliprange_value}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from golden_adapters.common import Adapter, Outputs, fraction, gradients, is_dual, row_softening, softening
+from rlhf.conventions import CONVENTIONS
 from rlhf.kl import kl_estimate
 from rlhf.losses import clipped_surrogate_loss, importance_weighted_loss, reinforce_loss, value_loss
 from rlhf.masking import masked_mean
@@ -68,7 +69,8 @@ def vanilla(x: Any, p: Any) -> Outputs:
 def gspo(x: Any, p: Any) -> Outputs:
     """The sequence's log ratio is clamped above 10."""
     log_probs, old, advantages, mask = arguments(x)
-    bounds = {"clip_low": p.clip_ratio_low, "clip_high": p.clip_ratio_high, "dual_clip": math.exp(10)}
+    dual = CONVENTIONS["verl"].sequence_dual_clip
+    bounds = {"clip_low": p.clip_ratio_low, "clip_high": p.clip_ratio_high, "dual_clip": dual}
     terms = gspo_loss(log_probs, old, advantages, mask, **bounds)
     return outputs_of(terms.loss, x, p, clipped=terms.is_clipped & ~is_dual(advantages, terms.ratio), clamp=math.inf)
 
