@@ -142,8 +142,8 @@ class AlgorithmConfig:
             )
         if self.numbers.terminal_reward == "slot_after" and self.critic == "shared":
             raise InputError(
-                f"convention={self.convention!r} wants a value one slot after the last action, which critic='shared', a "
-                "head on the actor's states at its actions, cannot give: set critic='separate'"
+                f"convention={self.convention!r} wants a value one slot after the last action, which critic='shared', "
+                "reading the actor's states at its actions, cannot give: set critic='separate'"
             )
         if self.advantage == "decoupled" and self.kl_reward_coef > 0:
             raise InputError("advantage='decoupled' normalises each reward function by itself, and KL is none: use "

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rlhf import algorithm as algorithm_module
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
+from rlhf.conventions import CONVENTIONS
 from rlhf.lm import config as config_module
 from rlhf.lm.config import (
     AdapterConfig,
@@ -104,7 +105,7 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "train_on_truncated": FREE,
         "refill_rounds": ([0], [-1]),
         "reduction": (["token_mean", "sequence_mean", "sequence_sum", "fixed_length"], ["mean"]),
-        "convention": (["ours", "cleanrl", "stable_baselines3", "openrlhf", "nemo_rl", "verl", "trl"], ["theirs"]),
+        "convention": (list(CONVENTIONS), ["theirs"]),
     },
     OptimizationConfig: {
         "steps": COUNT,

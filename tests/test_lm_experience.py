@@ -85,3 +85,17 @@ def test_group_advantage_is_one_number_per_sequence_and_zero_without_signal() ->
     expected = torch.tensor([[-half] * 3, [half, 0.0, 0.0], [0.0] * 3, [0.0] * 3])
     torch.testing.assert_close(experience.advantages, expected)
     assert not experience.advantages[2:].any()
+
+
+def test_without_a_sequences_actions_there_is_nothing_to_learn_from_it_after_them_either() -> None:
+    config = AlgorithmConfig(convention="trl", train_on_truncated=False)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    sequences = Sequences(IDS, torch.cat([torch.ones(2, 1, dtype=torch.bool), mask], -1), mask)
+    found = Predictions(torch.zeros(2, 3), torch.zeros(2, 3), None, torch.ones(2, 3))
+    finished = torch.tensor([True, False])
+    experience = build_experience(
+        sequences, torch.rand(2), torch.arange(2), found, config, kl_reward_coef=0.0, is_finished=finished
+    )
+    assert experience.returns is not None
+    assert experience.sequences.valued.tolist() == [[True] * 3, [False] * 3]
+    assert experience.returns.ne(0).tolist() == [[True] * 3, [False] * 3]

@@ -23,10 +23,12 @@ from transformers import (
 
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
+from rlhf.conventions import CONVENTIONS
 from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.embedded import build_tokenizer
-from rlhf.lm.models import assemble_roles
+from rlhf.lm.models import assemble_roles, head_of
 from rlhf.lm.rewards import RewardModel, exact_answer
+from rlhf.lm.rollout import collect
 from rlhf.lm.tasks import Task, arithmetic
 from rlhf.lm.trainer import Trainer
 from rlhf.run import read_json_lines, without_timings
@@ -458,3 +460,20 @@ def test_a_tasks_own_metric_has_its_name_everywhere(tmp_path: Path, capsys: pyte
     assert rows[-1]["taste/greedy"] == summary["final/greedy"]
     assert "accuracy/greedy" not in rows[-1]
     assert f"held-out taste, greedy: {summary['initial/greedy']:.3f} ->" in capsys.readouterr().out
+
+
+def test_by_trls_convention_a_round_asks_the_critic_after_the_last_action_too(tmp_path: Path) -> None:
+    changes = {"algorithm": {"convention": "trl"}, "sampling": {"max_new_tokens": 40}}
+    trainer = make_trainer(make_config(tmp_path / "run", **changes))
+    assert trainer.roles.critic is not None
+    assert trainer.roles.critic.trunk is not None
+    torch.nn.init.normal_(head_of(trainer.roles.critic.trunk).weight)
+    rollout = collect(
+        trainer.sampler, trainer.roles, trainer.train_prompts, trainer.reward_functions, trainer.config,
+        reward_weights=None, first_draw=0,
+    )  # fmt: skip
+    mask, values = rollout.batch.action_mask, rollout.predictions.values
+    assert values is not None
+    asked = CONVENTIONS["trl"].value_mask(mask)
+    assert int(asked.sum()) > int(mask.sum()), "some completion is shorter than the longest"
+    assert torch.equal(values != 0, asked)

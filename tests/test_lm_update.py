@@ -16,13 +16,21 @@ from tiny import tiny_model
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.lm import logprobs
 from rlhf.lm.config import OptimizationConfig, SamplingConfig, TrainerConfig
-from rlhf.lm.experience import Experience, Sequences, build_experience, predict
+from rlhf.lm.experience import Experience, Sequences, build_experience, predict, with_value_mask
 from rlhf.lm.models import Roles, assemble_roles
-from rlhf.lm.update import Learner, my_micro_batches, optimizer_step, surrogate_objective, update
-from rlhf.reduce import count
+from rlhf.lm.update import (
+    Denominators,
+    Learner,
+    denominators,
+    my_micro_batches,
+    optimizer_step,
+    surrogate_objective,
+    update,
+)
 
 ALGORITHMS = {
     "ppo": AlgorithmConfig(kl_reward_coef=0.1, entropy_coef=0.01),
+    "ppo, TRL's slot after the last action": AlgorithmConfig(kl_reward_coef=0.1, convention="trl"),
     "ppo, shared critic, KL loss": AlgorithmConfig(critic="shared", kl_loss_coef=0.1, reduction="sequence_mean"),
     "grpo": AlgorithmConfig(advantage="group", critic="none", kl_loss_coef=0.1, reduction="sequence_mean"),
     "dr. grpo": AlgorithmConfig(advantage="group", critic="none", reduction="fixed_length"),
@@ -67,7 +75,7 @@ def make_sequences() -> Sequences:
 
 def make_experience(roles: Roles, config: TrainerConfig) -> Experience:
     """Experience of a policy a little different from the actor, so that ratios are not 1 and some are clipped."""
-    sequences = make_sequences()
+    sequences = with_value_mask(make_sequences(), config.algorithm)
     found = predict(roles, sequences, temperature=0.8, micro_batch_tokens=50, autocast=Accelerator().autocast)
     generator = torch.Generator().manual_seed(4)
     noise = 0.2 * torch.randn(found.log_probs.shape, generator=generator, dtype=torch.float64)
@@ -95,9 +103,10 @@ def accumulated(roles: Roles, experience: Experience, config: TrainerConfig, par
     for group in roles.parameter_groups():
         for parameter in group:
             parameter.grad = None
-    denominator = count(experience.sequences.action_mask, how=config.algorithm.reduction)
+    sequences = experience.sequences
+    shared = denominators(config.algorithm, sequences.action_mask, sequences.valued)
     for part in parts:
-        loss, _ = surrogate_objective(roles, experience[part], config, denominator)
+        loss, _ = surrogate_objective(roles, experience[part], config, shared)
         loss.backward()
     return gradients(roles)
 
@@ -171,7 +180,8 @@ def test_clipping_and_a_changed_policy_are_part_of_the_split_test() -> None:
     config = config_for(ALGORITHMS["ppo"])
     roles = make_roles(config.algorithm)
     experience = make_experience(roles, config)
-    _, terms = surrogate_objective(roles, experience, config, torch.tensor(1.0))
+    one = Denominators(torch.tensor(1.0), torch.tensor(1.0))
+    _, terms = surrogate_objective(roles, experience, config, one)
     assert 0 < float(terms["ratio/clip_fraction"]) < int(experience.sequences.action_mask.sum())
 
 
@@ -181,9 +191,11 @@ def test_garbage_in_padding_changes_nothing(name: str) -> None:
     config = config_for(ALGORITHMS[name])
     roles = make_roles(config.algorithm)
     experience = make_experience(roles, config)
-    mask = experience.sequences.action_mask
+    before = experience.sequences
 
-    def poisoned(x: torch.Tensor | None) -> torch.Tensor | None:
+    def poisoned(name: str) -> torch.Tensor | None:
+        x: torch.Tensor | None = getattr(experience, name)
+        mask = before.valued if name in ("old_values", "returns") else before.action_mask
         return None if x is None else torch.where(mask, x, torch.nan)
 
     sequences = dataclasses.replace(
@@ -192,11 +204,7 @@ def test_garbage_in_padding_changes_nothing(name: str) -> None:
     )
     other = Experience(
         sequences,
-        **{
-            field.name: poisoned(getattr(experience, field.name))
-            for field in dataclasses.fields(experience)
-            if field.name != "sequences"
-        },
+        **{field.name: poisoned(field.name) for field in dataclasses.fields(experience) if field.name != "sequences"},
     )
     rows = [torch.arange(12)]
     clean, dirty = accumulated(roles, experience, config, rows), accumulated(roles, other, config, rows)
@@ -269,7 +277,7 @@ Accelerator().end_training()
 def plain_objective(roles: Roles, experience: Experience, config: TrainerConfig) -> torch.Tensor:
     """The objective written out: every sequence by itself, without padding, token by token."""
     algorithm, sequences = config.algorithm, experience.sequences
-    totals, lengths = [], []
+    policy_losses, value_losses = [], []
     for row in range(len(experience)):
         used = sequences.attention_mask[row]
         length = int(sequences.action_mask[row].sum())
@@ -285,20 +293,27 @@ def plain_objective(roles: Roles, experience: Experience, config: TrainerConfig)
         if algorithm.kl_loss_coef > 0:
             gap = experience.ref_log_probs[row, :length] - log_probs
             loss = loss + algorithm.kl_loss_coef * (gap.exp() - 1 - gap)
+        policy_losses.append(loss)
         if roles.critic is not None:
             trunk, head = roles.critic.trunk, roles.critic.head
             every_value = trunk(ids).logits[0, :, 0] if trunk else head(output.hidden_states[-1])[0, :, 0]
-            values, old_values = every_value[-length - 1 : -1], experience.old_values[row, :length]
+            # One slot further by TRL's convention, but for completions as long as the longest.
+            further = algorithm.convention == "trl" and length < sequences.action_mask.shape[1]
+            values, reach = every_value[-length - 1 :][: length + further], slice(length + further)
+            old_values = experience.old_values[row, reach]
             near = old_values + (values - old_values).clamp(-algorithm.value_clip, algorithm.value_clip)
-            errors = torch.stack([values, near]) - experience.returns[row, :length]
-            loss = loss + algorithm.value_coef * 0.5 * errors.square().amax(0)
-        totals.append(loss.sum())
-        lengths.append(length)
-    if algorithm.reduction == "token_mean":
-        return torch.stack(totals).sum() / sum(lengths)
-    if algorithm.reduction == "sequence_mean":
-        return torch.stack([total / length for total, length in zip(totals, lengths, strict=True)]).mean()
-    return torch.stack(totals).mean() / config.sampling.max_new_tokens
+            errors = torch.stack([values, near]) - experience.returns[row, reach]
+            value_losses.append(algorithm.value_coef * 0.5 * errors.square().amax(0))
+    means = [mean_written_out(x, config) for x in (policy_losses, value_losses) if x]
+    return torch.stack(means).sum()
+
+
+def mean_written_out(rows: list[torch.Tensor], config: TrainerConfig) -> torch.Tensor:
+    if config.algorithm.reduction == "token_mean":
+        return torch.cat(rows).mean()
+    if config.algorithm.reduction == "sequence_mean":
+        return torch.stack([row.mean() for row in rows]).mean()
+    return torch.stack([row.sum() for row in rows]).mean() / config.sampling.max_new_tokens
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

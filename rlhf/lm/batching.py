@@ -35,7 +35,7 @@ def lay_out(sequence_ids: Tensor, attention_mask: Tensor, action_mask: Tensor, k
     Args:
         sequence_ids: [B, W] int64.
         attention_mask: [B, W] bool: tokens, not padding.
-        action_mask: [B, T] bool, of the last T columns; actions are tokens too.
+        action_mask: [B, T] bool, of the last T columns: actions, which are tokens too, or slots right after a token.
     """
     places = attention_mask.cumsum(-1) - 1  # of each token in its sequence
     width = sequence_ids.shape[1]
@@ -56,7 +56,7 @@ def lay_out(sequence_ids: Tensor, attention_mask: Tensor, action_mask: Tensor, k
         input_ids = first.repeat(1, longest)  # padding by a token of the text: some models warn at the sight of others
         input_ids[torch.arange(longest, device=places.device) < lengths[:, None]] = sequence_ids[attention_mask]
         position_ids = None
-    before = starts[:, None] + places - 1
+    before = starts[:, None] + places - attention_mask.int()  # the last token before each slot
     return Layout(input_ids, position_ids, None, before[:, width - action_mask.shape[1] :][action_mask])
 
 

@@ -27,17 +27,25 @@ class Sequences:
     sequence_ids: Tensor  # [B, P + T] int64
     attention_mask: Tensor  # [B, P + T] bool: prompt and completion tokens
     action_mask: Tensor  # [B, T] bool: tokens the policy chose
+    # [B, T] bool: slots before which the critic is asked, see `Convention.value_mask`; None: the actions
+    value_mask: Tensor | None = None
+
+    @property
+    def valued(self) -> Tensor:
+        return self.action_mask if self.value_mask is None else self.value_mask
 
     def __getitem__(self, rows: Tensor) -> "Sequences":
         """These rows without the columns in which all of them are padding."""
-        picked = Sequences(self.sequence_ids[rows], self.attention_mask[rows], self.action_mask[rows])
-        prompt = picked.attention_mask.shape[1] - picked.action_mask.shape[1]
-        used = picked.attention_mask.any(0).nonzero()
-        chosen = picked.action_mask.any(0).nonzero()
+        attention_mask, valued = self.attention_mask[rows], self.valued[rows]
+        prompt = self.attention_mask.shape[1] - self.action_mask.shape[1]
+        used, chosen = attention_mask.any(0).nonzero(), valued.any(0).nonzero()
         first, length = int(used.min()), int(chosen.max()) + 1 if len(chosen) else 1
         columns = slice(min(first, prompt - 1), prompt + length)
         return Sequences(
-            picked.sequence_ids[:, columns], picked.attention_mask[:, columns], picked.action_mask[:, :length]
+            self.sequence_ids[rows, columns],
+            attention_mask[:, columns],
+            self.action_mask[rows, :length],
+            None if self.value_mask is None else valued[:, :length],
         )
 
     def __len__(self) -> int:
@@ -49,7 +57,8 @@ class Sequences:
         return self.attention_mask.sum(-1)
 
     def to(self, device: torch.device) -> "Sequences":
-        return Sequences(self.sequence_ids.to(device), self.attention_mask.to(device), self.action_mask.to(device))
+        moved = (self.sequence_ids.to(device), self.attention_mask.to(device), self.action_mask.to(device))
+        return Sequences(*moved, None if self.value_mask is None else self.value_mask.to(device))
 
 
 class Predictions(NamedTuple):
@@ -61,9 +70,18 @@ class Predictions(NamedTuple):
     values: Tensor | None
 
 
+def with_value_mask(sequences: Sequences, algorithm: AlgorithmConfig) -> Sequences:
+    """The same, with the slots before which the algorithm's convention asks the critic. The whole round: a slot after
+    the last action is one that the longest completion leaves."""
+    if algorithm.critic == "none" or algorithm.numbers.terminal_reward == "last_action":
+        return sequences
+    return replace(sequences, value_mask=algorithm.numbers.value_mask(sequences.action_mask))
+
+
 @dataclass(frozen=True)
 class Experience:
-    """One round's data, the same on every process. All but the sequences are [B, T] float32, 0 in masked slots."""
+    """One round's data, the same on every process. All but the sequences are [B, T] float32, 0 in masked slots: values
+    and returns outside the value mask, the others outside the action mask."""
 
     # What happened
     sequences: Sequences
@@ -85,8 +103,10 @@ class Experience:
 
     def without_actions_of(self, rows: Tensor) -> "Experience":
         """The same with nothing to learn from these rows ([B] bool)."""
-        sequences = replace(self.sequences, action_mask=self.sequences.action_mask & ~rows[:, None])
-        return self._changed(sequences, lambda x: fill_masked(x, sequences.action_mask))
+        kept, before = ~rows[:, None], self.sequences
+        valued = None if before.value_mask is None else before.value_mask & kept
+        sequences = replace(before, action_mask=before.action_mask & kept, value_mask=valued)
+        return self._changed(sequences, lambda x: torch.where(kept, x, 0.0))
 
     def _changed(self, sequences: Sequences, change: Callable[[Tensor], Tensor]) -> "Experience":
         columns = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sequences"}
@@ -119,7 +139,7 @@ def predict(
                 with roles.as_reference():
                     found[2] = policy_output(roles.reference, *args, temperature=temperature).log_probs
             if roles.critic is not None:
-                found[3] = roles.critic(*args, policy.hidden)
+                found[3] = roles.critic(part.sequence_ids, part.attention_mask, part.valued, policy.hidden)
         for column, x in zip(columns, found, strict=True):
             if x is not None:
                 column.append(torch.nn.functional.pad(x, (0, shape[1] - x.shape[1])))
@@ -167,7 +187,7 @@ def build_experience(
         is_trained=is_trained,
     )  # fmt: skip
     experience = Experience(
-        sequences=sequences,
+        sequences=with_value_mask(sequences, algorithm),
         rewards=per_token + rewards_at_last_action(scores.to(per_token), mask),
         sampler_log_probs=sampler_log_probs,
         old_log_probs=predictions.log_probs,

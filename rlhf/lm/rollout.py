@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.lm.config import SamplingConfig, TrainerConfig
 from rlhf.lm.dynamic_sampling import Batch, has_signal, refill
-from rlhf.lm.experience import Predictions, Sequences, predict
+from rlhf.lm.experience import Predictions, Sequences, predict, with_value_mask
 from rlhf.lm.generation import Completions, Engine
 from rlhf.lm.models import Roles
 from rlhf.lm.rewards import RewardFunction, Row, name_of, score
@@ -136,7 +136,7 @@ def collect(
 
     share = len(batch.scores) // accelerator.num_processes
     mine = torch.arange(share, device=accelerator.device) + accelerator.process_index * share
-    local = batch.sequences[mine]
+    local = with_value_mask(batch.sequences, config.algorithm)[mine]
     predictions = predict(
         roles,
         local,

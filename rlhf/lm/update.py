@@ -88,11 +88,11 @@ def optimizer_step(
     """
     algorithm = config.algorithm
     mask = experience.sequences.action_mask[rows]
-    denominator = loss_denominator(algorithm, mask)
+    shared = denominators(algorithm, mask, experience.sequences.valued[rows])
     sums: dict[str, Tensor] = {}
     for part in my_micro_batches(learner.roles, experience, rows, config, accelerator):
         with accelerator.autocast():
-            loss, terms = surrogate_objective(learner.roles, experience[part], config, denominator)
+            loss, terms = surrogate_objective(learner.roles, experience[part], config, shared)
         accelerator.backward(loss)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
@@ -123,14 +123,26 @@ def my_micro_batches(
     return [rows[share[part]] for part in parts]
 
 
+class Denominators(NamedTuple):
+    """What an optimizer step's losses are divided by, [] each."""
+
+    policy: Tensor
+    value: Tensor
+
+
+def denominators(algorithm: AlgorithmConfig, action_mask: Tensor, value_mask: Tensor) -> Denominators:
+    """Counted over the whole optimizer step, [b, T] bool masks."""
+    return Denominators(loss_denominator(algorithm, action_mask), loss_denominator(algorithm, value_mask))
+
+
 def surrogate_objective(
-    roles: Roles, part: Experience, config: TrainerConfig, denominator: Tensor
+    roles: Roles, part: Experience, config: TrainerConfig, shared: Denominators
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The scalar to minimise on a micro-batch: policy loss - entropy bonus + KL + value loss.
 
     Args:
         part: b sequences, [b, T] each.
-        denominator: [] `reduce.count` over the whole optimizer step; the micro-batches' results add up.
+        shared: `denominators` of the whole optimizer step; the micro-batches' results add up.
     Returns:
         ([] loss in reward units, its terms and diagnostics [] by metric name).
     """
@@ -138,9 +150,10 @@ def surrogate_objective(
     sequences, mask = part.sequences, part.sequences.action_mask
     args = (sequences.sequence_ids, sequences.attention_mask, mask)
 
+    options: dict[str, Any] = {"how": algorithm.reduction, "length": config.sampling.max_new_tokens}
+
     def reduced(per_token: Tensor) -> Tensor:
-        length = config.sampling.max_new_tokens
-        return reduce(per_token, mask, how=algorithm.reduction, denominator=denominator, length=length)
+        return reduce(per_token, mask, denominator=shared.policy, **options)
 
     policy = policy_output(
         roles.actor,
@@ -173,12 +186,13 @@ def surrogate_objective(
         terms["kl/loss"] = kl
     if roles.critic is not None:
         assert part.returns is not None
-        values = roles.critic(*args, policy.hidden)
-        value = critic_loss(algorithm, values, part.returns, mask, old_values=part.old_values)
-        value_loss = reduced(value.loss)
+        valued = sequences.valued
+        values = roles.critic(sequences.sequence_ids, sequences.attention_mask, valued, policy.hidden)
+        value = critic_loss(algorithm, values, part.returns, valued, old_values=part.old_values)
+        value_loss = reduce(value.loss, valued, denominator=shared.value, **options)
         loss = loss + algorithm.value_coef * value_loss
         terms["value/loss"] = value_loss
-        terms["value/clip_fraction"] = masked_sum(value.is_clipped.float(), mask)
+        terms["value/clip_fraction"] = masked_sum(value.is_clipped.float(), valued)
     return loss, terms
 
 
