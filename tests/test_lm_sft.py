@@ -176,7 +176,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     arguments = [str(Path(__file__).parent), str(tmp_path / "together")]
-    subprocess.run([*launch, *arguments], check=True, env=environment, timeout=240)
+    subprocess.run([*launch, *arguments], check=True, env=environment, timeout=300)
     one, two = (without_timings(read_json_lines(tmp_path / x / "metrics.jsonl")) for x in ("alone", "together"))
     for expected, found in zip(one, two, strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)

@@ -264,7 +264,7 @@ Accelerator().end_training()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     arguments = [str(tmp_path / "script.py"), str(Path(__file__).parent), name, str(tmp_path)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, *arguments], check=True, env=environment, timeout=120)
+    subprocess.run([*launch, *arguments], check=True, env=environment, timeout=300)
     for rank in (0, 1):
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert together.keys() == alone.keys()

@@ -372,7 +372,7 @@ def test_two_processes_have_a_pool_each_and_count_together(tmp_path: Path) -> No
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     arguments = [str(script), str(Path(__file__).parent), str(tmp_path)]
-    subprocess.run([*launch, *arguments], check=True, env=environment, timeout=120)
+    subprocess.run([*launch, *arguments], check=True, env=environment, timeout=300)
     (pids, counts), (others, same) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert not set(pids) & set(others)
     assert counts == same == {f"verifier/{kind}": 3 * (kind == "errors") for kind in FAULTS}
