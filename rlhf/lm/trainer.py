@@ -154,6 +154,7 @@ class Trainer:
             betas=(optimization.adam_beta1, optimization.adam_beta2),
             eps=optimization.adam_epsilon,
             weight_decay=optimization.weight_decay,
+            fused=True,  # one pass over weights, gradients and moments, where the default makes about twenty
         )
         scheduler = get_scheduler(
             optimization.lr_schedule if optimization.lr_schedule != "constant" else "constant_with_warmup",
