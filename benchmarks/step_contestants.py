@@ -25,7 +25,7 @@ class Options:
     """What is measured."""
 
     model: str = "qwen2-4m"
-    """A random Qwen2 (qwen2-4m, or qwen2-0.5b of Qwen2.5-0.5B's shape), or a folder."""
+    """A random Qwen2 (qwen2-1m, -4m, -16m, or qwen2-0.5b of Qwen2.5-0.5B's shape), or a folder."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights, everywhere; no autocast on top."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -40,7 +40,7 @@ class Options:
     max_new_tokens: int = 64
     lengths: tuple[Lengths, ...] = ("fixed", "natural")
     threads: tuple[int, ...] = (1, 2)
-    rounds: int = 5
+    rounds: int = 4
     """Steps of each contestant that count; one comes before them."""
     kl: float = 0.0
     """Weight of KL to the reference in GRPO's loss, on both sides; 0: no reference. PPO keeps its preset's."""
@@ -52,6 +52,16 @@ class Options:
     @property
     def sequences(self) -> int:
         return self.prompts * self.samples_per_prompt
+
+
+HALF_B: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24}
+SIZES: dict[str, dict[str, Any]] = {
+    f"qwen2-{name}": {
+        "vocab_size": 264, "hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }
+    for name, hidden in (("1m", 128), ("4m", 256), ("16m", 512))
+} | {"qwen2-0.5b": HALF_B | {"num_attention_heads": 14, "num_key_value_heads": 2}}  # fmt: skip
 
 
 # ---- The same model, prompts, lengths and reward for all -------------------------------------------------------------
@@ -69,18 +79,9 @@ def save_model(options: Options, folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     )
-    sizes: dict[str, Any] = {
-        "vocab_size": 264, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2,
-    }  # fmt: skip
-    if options.model == "qwen2-0.5b":
-        sizes = {
-            "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-            "num_attention_heads": 14, "num_key_value_heads": 2,
-        }  # fmt: skip
     torch.manual_seed(options.seed)
     config = Qwen2Config(
-        **sizes,
+        **SIZES[options.model],
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,
