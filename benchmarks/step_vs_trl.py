@@ -64,7 +64,7 @@ def contest(options: Options, threads: int, lengths: Lengths, folder: Path) -> R
     context = multiprocessing.get_context("spawn")
     running: dict[str, tuple[Any, Connection]] = {}
     records: Records = {}
-    log = folder / "log.txt"
+    log = Path(tempfile.mkdtemp()) / "log.txt"
 
     def turn(name: str) -> None:
         """One step of this contestant, or its start."""
@@ -162,12 +162,10 @@ def write_into_page(page: Path, name: str, lines: list[str]) -> None:
 
 
 def main(options: Options) -> None:
-    folder = Path(tempfile.mkdtemp())
+    folder = Path(options.model)
     if options.model.startswith("qwen2-"):
+        folder = Path(tempfile.mkdtemp())
         save_model(options, folder)
-    else:
-        (folder / "model").symlink_to(Path(options.model).resolve())
-        folder = folder / "model"
     lines = [
         f"{options.model}, {options.dtype}, {options.device}: {options.prompts} prompts x {options.samples_per_prompt} "
         f"samples, prompts of {options.prompt_tokens} tokens, at most {options.max_new_tokens} new ones; medians of "
