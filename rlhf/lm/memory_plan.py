@@ -347,7 +347,8 @@ def show_plan(plan: MemoryPlan) -> None:
             table.add_row(name, "not known" if size is None else _size(size))
     table.add_section()
     table.add_row("peak, beside Python and torch", _size(plan.peak))
-    table.add_row("free for it", _size(plan.free))
+    if plan.free:
+        table.add_row("free for it", _size(plan.free))
     Console().print(table)
 
 
