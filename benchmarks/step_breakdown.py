@@ -14,6 +14,7 @@ resident size beyond what the process held after its imports, beside what `rlhf.
 
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -172,6 +173,8 @@ def run(shape: Shape, args: Args) -> dict[str, Any]:
     theirs.close()
     found: dict[str, Any] = ours.recv()
     process.join()
+    changed = {name: x for name, x in vars(shape.options).items() if x != getattr(Options(), name)}
+    print(f"{shape.name}, {shape.lengths}, {changed}: done", file=sys.stderr)
     return found
 
 
