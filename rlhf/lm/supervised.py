@@ -192,7 +192,7 @@ class SupervisedTrainer(Generic[R]):
         fit = self.config.optimization
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            self.parameters, lr=fit.learning_rate, betas=(0.9, 0.95), weight_decay=fit.weight_decay
+            self.parameters, lr=fit.learning_rate, betas=(0.9, 0.95), weight_decay=fit.weight_decay, fused=True
         )
         self.scheduler = get_scheduler(
             fit.lr_schedule if fit.lr_schedule != "constant" else "constant_with_warmup",

@@ -19,6 +19,7 @@ from rlhf.lm.dynamic_sampling import Batch
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
 from rlhf.lm.generation import Engine, build_engine
 from rlhf.lm.lora import load_trained_state, merged, save_adapter, trained_state
+from rlhf.lm.memory_plan import plan_run, show_plan, write_plan
 from rlhf.lm.models import assemble_roles, end_token_ids, load_actor
 from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_rows, verifier_counts
 from rlhf.lm.rewards import RewardFunction, RewardModel
@@ -118,6 +119,13 @@ class Trainer:
         else:
             actor = make_actor()
             check_context(actor, self.train_prompts, self.held_out_prompts, config.sampling)
+        self.memory_plan = plan_run(
+            actor,
+            config,
+            accelerator,
+            longest_prompt=max(len(ids) for x in (self.train_prompts, self.held_out_prompts) for ids in x.token_ids),
+            reward_models=[x.model for x in self.reward_functions if isinstance(x, RewardModel)],
+        )
         actor = actor.to(accelerator.device)
         if accelerator.num_processes > 1:  # before critic and reference are made from it
             broadcast([tensor.data for tensor in (*actor.parameters(), *actor.buffers())])
@@ -154,6 +162,7 @@ class Trainer:
             betas=(optimization.adam_beta1, optimization.adam_beta2),
             eps=optimization.adam_epsilon,
             weight_decay=optimization.weight_decay,
+            fused=True,  # one pass over weights, gradients and moments, where the default makes about twenty
         )
         scheduler = get_scheduler(
             optimization.lr_schedule if optimization.lr_schedule != "constant" else "constant_with_warmup",
@@ -187,6 +196,9 @@ class Trainer:
             flat = {f"{topic}.{name}": str(v) for topic, f in config.as_dict().items() for name, v in f.items()}
             self.accelerator.init_trackers("rlhf", config=flat)
         title = str(config.run.run_dir)
+        if main and self.memory_plan is not None:
+            show_plan(self.memory_plan)
+            write_plan(self.memory_plan, self.folder.path / "memory_plan.json")
         with (
             LiveView(
                 title, config.optimization.steps, live_columns(self.task), start_step=self.step, enabled=main
