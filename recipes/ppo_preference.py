@@ -85,7 +85,7 @@ def main(config: TrainerConfig) -> None:
     reward = RewardModel(load_reward_model(source.reward_model, reward_tokenizer), reward_tokenizer)
     task = prompts(config, tokenizer, reward)
     Trainer(
-        config, tokenizer=tokenizer, task=task, make_actor=lambda: load_actor(model), reward_functions=[reward]
+        config, tokenizer=tokenizer, task=task, make_actor=lambda: load_actor(model, adapter=config.adapter), reward_functions=[reward]
     ).train()
 
 

@@ -47,8 +47,11 @@ FREE = ([True, False], [])
 RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
     SourceConfig: {
         "model": ([None, "folder"], []),
-        "task": (["arithmetic"], ["gsm8k"]),
+        "task": (["arithmetic"], ["gsm8k", "reasoning_gym"]),
         "data": ([None, "folder"], []),
+        "task_options": ([(), ("max_value=12", "size=9")], []),
+        "partial_credit": FREE,
+        "instruction": ([None, "", "Answer with the number alone."], []),
         "reward_model": ([None, "folder"], []),
         "critic_from": ([None, "folder"], []),
         "plain_prompts": FREE,
@@ -128,6 +131,7 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "lora_rank": NON_NEGATIVE_COUNT,
         "lora_alpha": COUNT,
         "lora_targets": (["all-linear", "q_proj,v_proj"], []),
+        "dtype": (["float32", "bfloat16"], ["float8"]),
     },
     RunConfig: {
         "run_dir": ([Path("a")], []),

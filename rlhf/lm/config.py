@@ -11,6 +11,7 @@ from rlhf.presets import PRESETS, PresetName
 
 LRSchedule = Literal["constant", "linear", "cosine"]
 EngineKind = Literal["slots", "transformers"]
+TrunkType = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,16 @@ class SourceConfig:
     model: str | None = None
     """Folder or hub id of a pretrained model; None: a small one is made and taught on the spot."""
     task: str = "arithmetic"
-    """arithmetic, or gsm8k (which needs a model)."""
+    """arithmetic; gsm8k or reasoning_gym (which need a model)."""
     data: str | None = None
-    """For gsm8k: a folder with train.jsonl and test.jsonl, or a hub id."""
+    """For gsm8k: a folder with train.jsonl and test.jsonl, or a hub id. For reasoning_gym: the name of one of its tasks,
+    such as lcm."""
+    task_options: tuple[str, ...] = ()
+    """For reasoning_gym: the task's own options, name=value ..., such as max_value=12; size: entries to train on."""
+    partial_credit: bool = False
+    """For reasoning_gym: the task's whole score in [0, 1] is the reward, not full marks alone."""
+    instruction: str | None = None
+    """What follows the question in a prompt; None: the task's own."""
     reward_model: str | None = None
     """Folder or hub id of a sequence classifier with one label (recipes/ppo_preference.py)."""
     critic_from: str | None = None
@@ -33,7 +41,7 @@ class SourceConfig:
     drop_long_prompts: bool = False
     """Leave out prompts longer than max_prompt_tokens instead of stopping."""
     verifier_workers: int = 2
-    """Processes that check gsm8k's answers, for each training process; 0: none, the training process does it."""
+    """Processes that check answers (not arithmetic's), for each training process; 0: none, the training process does it."""
     verifier_timeout: float = 5.0
     """Seconds for one answer in a worker, which is killed then; > 0."""
     verifier_memory_mb: int = 1024
@@ -42,8 +50,8 @@ class SourceConfig:
     """Stop on an answer that a worker cannot check (time, memory, crash, error) instead of scoring it 0."""
 
     def __post_init__(self) -> None:
-        if self.model is None and self.task == "gsm8k":
-            raise InputError("task 'gsm8k' needs a pretrained model: pass --model <folder or hub id>")
+        if self.model is None and self.task in ("gsm8k", "reasoning_gym"):
+            raise InputError(f"task {self.task!r} needs a pretrained model: pass --model <folder or hub id>")
         check_range("verifier_workers", self.verifier_workers, low=0)
         check_range("verifier_timeout", self.verifier_timeout, low=0, low_open=True, high_open=True)
         check_range("verifier_memory_mb", self.verifier_memory_mb, low=1)
@@ -199,10 +207,25 @@ class AdapterConfig:
     """Adapters are scaled by lora_alpha / lora_rank."""
     lora_targets: str = "all-linear"
     """Names of the layers that get one, separated by commas; all-linear: every linear layer of the trunk."""
+    dtype: TrunkType = "float32"
+    """Of the frozen trunk's weights and of what it computes; adapters and heads are float32. bfloat16 needs a lora_rank."""
 
     def __post_init__(self) -> None:
         check_range("lora_rank", self.lora_rank, low=0)
         check_range("lora_alpha", self.lora_alpha, low=1)
+        check_choice("dtype", self.dtype, get_args(TrunkType))
+
+    def check_trunk(self) -> None:
+        """What is loaded in few bits is not trained.
+
+        Raises:
+            InputError: it would be.
+        """
+        if self.dtype != "float32" and not self.lora_rank:
+            raise InputError(
+                f"dtype={self.dtype!r} is for a frozen trunk: pass --lora-rank too, or launch with accelerate's "
+                "--mixed_precision bf16, which keeps the trained weights in float32"
+            )
 
 
 @dataclass(frozen=True)
@@ -217,6 +240,7 @@ class TrainerConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        self.adapter.check_trunk()
         if self.algorithm.compares_samples and self.optimization.samples_per_prompt < 2:
             raise InputError(
                 f"advantage={self.algorithm.advantage!r} compares samples of one prompt: samples_per_prompt must be at "
@@ -233,6 +257,7 @@ class TrainerConfig:
         """JSON-able, for config.json; `resume` is how a run was continued, not what it is, and left out."""
         config = asdict(self)
         config["run"]["run_dir"] = str(self.run.run_dir)
+        config["source"]["task_options"] = list(self.source.task_options)
         del config["run"]["resume"]
         return config
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from rlhf.checks import InputError, brief
 from rlhf.lm.config import AdapterConfig
+from rlhf.lm.logprobs import widen
 
 ACTOR, CRITIC = "default", "critic"  # peft loads what is called "default" without being asked
 HEADS = ["lm_head", "score", "classifier"]
@@ -47,7 +48,10 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, name: str = ACTOR
     for layer in adapter_layers(model):
         layer.set_adapter(ACTOR)
     for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in parameter_name)
+        is_adapter = ".lora_" in parameter_name
+        parameter.requires_grad_(is_adapter)
+        if is_adapter:  # peft gives them the trunk's type; a step of 1e-4 is lost on a bfloat16 weight
+            parameter.data = widen(parameter.data)
     model.eval()
 
 

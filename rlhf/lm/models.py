@@ -23,6 +23,7 @@ from transformers import (
 from rlhf.algorithm import CriticKind
 from rlhf.checks import InputError, brief
 from rlhf.lm.config import AdapterConfig
+from rlhf.lm.head import widened
 from rlhf.lm.logprobs import action_states, at_actions, trunk_of, widen
 from rlhf.lm.lora import CRITIC, add_adapter, merged, using
 
@@ -116,7 +117,7 @@ class Critic(nn.Module):
     def shared(cls, actor: PreTrainedModel) -> "Critic":
         """A head of zeros on the actor's own hidden states."""
         size = actor.config.get_text_config().hidden_size
-        head = nn.Linear(size, 1, dtype=actor.dtype)
+        head = nn.Linear(size, 1, dtype=widened(actor.dtype))
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         return cls(None, head)
@@ -136,7 +137,7 @@ class Critic(nn.Module):
             else:
                 assert actor_hidden is not None
                 hidden = actor_hidden[action_mask]
-            values = self.head(hidden)
+            values = self.head(widen(hidden))
         return at_actions(widen(values.squeeze(-1)), action_mask)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -262,12 +263,18 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_actor(model: str, *, dtype: torch.dtype | Literal["auto"] = torch.float32) -> PreTrainedModel:
+def load_actor(
+    model: str, *, dtype: torch.dtype | Literal["auto"] = torch.float32, adapter: AdapterConfig | None = None
+) -> PreTrainedModel:
     """Causal language model of a hub id or folder.
 
+    Args:
+        adapter: says how its trunk is loaded, instead of dtype.
     Raises:
         InputError: it cannot be loaded.
     """
+    if adapter is not None:
+        dtype = getattr(torch, adapter.dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

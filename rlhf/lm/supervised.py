@@ -86,6 +86,9 @@ class SupervisedConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        self.adapter.check_trunk()
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, for config.json."""
         config = asdict(self)
