@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rlhf.algorithm import AlgorithmConfig
@@ -84,9 +84,11 @@ def main(config: TrainerConfig) -> None:
     tokenizer = load_tokenizer(model)
     reward = RewardModel(load_reward_model(source.reward_model, reward_tokenizer), reward_tokenizer)
     task = prompts(config, tokenizer, reward)
-    Trainer(
-        config, tokenizer=tokenizer, task=task, make_actor=lambda: load_actor(model, adapter=config.adapter), reward_functions=[reward]
-    ).train()
+
+    def make_actor() -> PreTrainedModel:
+        return load_actor(model, adapter=config.adapter)
+
+    Trainer(config, tokenizer=tokenizer, task=task, make_actor=make_actor, reward_functions=[reward]).train()
 
 
 def prompts(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase, reward: RewardModel) -> Task:

@@ -23,8 +23,7 @@ class SourceConfig:
     task: str = "arithmetic"
     """arithmetic; gsm8k or reasoning_gym (which need a model)."""
     data: str | None = None
-    """For gsm8k: a folder with train.jsonl and test.jsonl, or a hub id. For reasoning_gym: the name of one of its tasks,
-    such as lcm."""
+    """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id; reasoning_gym: one of its tasks, such as lcm."""
     task_options: tuple[str, ...] = ()
     """For reasoning_gym: the task's own options, name=value ..., such as max_value=12; size: entries to train on."""
     partial_credit: bool = False
@@ -41,7 +40,7 @@ class SourceConfig:
     drop_long_prompts: bool = False
     """Leave out prompts longer than max_prompt_tokens instead of stopping."""
     verifier_workers: int = 2
-    """Processes that check answers (not arithmetic's), for each training process; 0: none, the training process does it."""
+    """Processes that check answers (not arithmetic's), for each training process; 0: none, it does so itself."""
     verifier_timeout: float = 5.0
     """Seconds for one answer in a worker, which is killed then; > 0."""
     verifier_memory_mb: int = 1024
@@ -208,7 +207,7 @@ class AdapterConfig:
     lora_targets: str = "all-linear"
     """Names of the layers that get one, separated by commas; all-linear: every linear layer of the trunk."""
     dtype: TrunkType = "float32"
-    """Of the frozen trunk's weights and of what it computes; adapters and heads are float32. bfloat16 needs a lora_rank."""
+    """Of the frozen trunk's weights and of what it computes; adapters and heads stay float32."""
 
     def __post_init__(self) -> None:
         check_range("lora_rank", self.lora_rank, low=0)

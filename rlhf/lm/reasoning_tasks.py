@@ -33,7 +33,7 @@ def reasoning_entries(name: str | None, options: Sequence[str] = ()) -> tuple[li
         InputError: reasoning-gym is not installed, has no such task or the task no such option, or value.
     """
     factory = _factory()
-    if name not in factory.DATASETS:
+    if name is None or name not in factory.DATASETS:
         raise InputError(_unknown(name, factory.DATASETS))
     settings = {"size": TRAIN, "seed": 0} | _parsed(name, options, factory.DATASETS[name][1])
     try:

@@ -1,4 +1,4 @@
-"""Prompts and answers: built-in arithmetic, GSM8K and reasoning-gym. A task is its rows and the verifier of their answers."""
+"""Prompts and answers: built-in arithmetic, GSM8K, reasoning-gym. A task is rows and the verifier of their answers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,9 @@ from rlhf.run.seeding import generator_for
 
 TASKS = ("arithmetic", "gsm8k", "reasoning_gym")
 BOXED = "Think step by step, then give the final answer as \\boxed{number}."
-TAGGED = "Think step by step, then give the final answer between <answer> and </answer>."  # as reasoning-gym asks for it
+TAGGED = (
+    "Think step by step, then give the final answer between <answer> and </answer>."  # as reasoning-gym asks for it
+)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def _reasoning_gym_text(completion: str, right: Any) -> str:
 def reasoning_gym_full_marks(
     prompts: list[str], completions: list[str], answer: list[Any], metadata: list[dict[str, Any]], **columns: Any
 ) -> list[float]:
-    """1.0 where `reasoning_gym_answer` is 1, else 0.0: many tasks give a part of it to any text that holds the answer."""
+    """1.0 where `reasoning_gym_answer` is 1, else 0.0: many tasks give part of it to what holds the answer."""
     scores = reasoning_gym_answer(prompts, completions, answer, metadata, **columns)
     return [float(score >= 1.0) for score in scores]
 
