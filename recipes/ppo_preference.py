@@ -24,6 +24,7 @@ from rlhf.lm.models import load_actor, load_reward_model, load_tokenizer
 from rlhf.lm.rewards import RewardModel
 from rlhf.lm.tasks import Task
 from rlhf.lm.trainer import Trainer
+from rlhf.lm.trunk_reward import RewardOnTrunk, is_adapter
 from rlhf.run import reporting_errors
 
 SFT, REWARD_MODEL = "runs/sft/final", "runs/reward_model/final"  # where the other two recipes leave their models
@@ -82,7 +83,10 @@ def main(config: TrainerConfig) -> None:
         raise InputError("there must be a --model and a --reward-model")
     model, reward_tokenizer = source.model, load_tokenizer(source.reward_model)
     tokenizer = load_tokenizer(model)
-    reward = RewardModel(load_reward_model(source.reward_model, reward_tokenizer), reward_tokenizer)
+    if is_adapter(source.reward_model) and config.adapter.lora_rank:  # on the actor's own trunk
+        reward = RewardModel(RewardOnTrunk(source.reward_model, model), reward_tokenizer)
+    else:
+        reward = RewardModel(load_reward_model(source.reward_model, reward_tokenizer), reward_tokenizer)
     task = prompts(config, tokenizer, reward)
 
     def make_actor() -> PreTrainedModel:

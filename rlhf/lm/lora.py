@@ -6,11 +6,14 @@ Source: Hu et al. 2021 (LoRA), arXiv:2106.09685.
 """
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from peft import LoraConfig, inject_adapter_in_model
+import torch
+from peft import LoraConfig, TaskType, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -19,10 +22,12 @@ from transformers import PreTrainedModel
 
 from rlhf.checks import InputError, brief
 from rlhf.lm.config import AdapterConfig
-from rlhf.lm.logprobs import widen
+from rlhf.lm.logprobs import trunk_of, widen
 
 ACTOR, CRITIC = "default", "critic"  # peft loads what is called "default" without being asked
 HEADS = ["lm_head", "score", "classifier"]
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRUNK = "trunk"  # key of the trunk's fingerprint in that file's metadata
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig, name: str = ACTOR) -> None:
@@ -95,14 +100,35 @@ def merged(model: PreTrainedModel, name: str = ACTOR) -> PreTrainedModel:
 
 
 def save_adapter(model: PreTrainedModel, folder: Path, name: str = ACTOR) -> None:
-    """adapter_config.json and adapter_model.safetensors, as peft and transformers load them onto the trunk."""
+    """adapter_config.json and adapter_model.safetensors, as peft and transformers load them onto the trunk; a trained
+    head beside the adapter (a sequence classifier's) goes into both."""
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=name)
-    tensors = {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = copy.deepcopy(model.peft_config[name])
+    config: Any = copy.deepcopy(model.peft_config[name])
     config.inference_mode = True
+    heads = [head for head in HEADS if any(p.requires_grad for p in _parameters_of(model, head).values())]
+    if heads:
+        config.task_type, config.modules_to_save = TaskType.SEQ_CLS, heads
+        state |= {key: value for head in heads for key, value in _parameters_of(model, head).items()}
+    tensors = {f"base_model.model.{key}": value.detach().contiguous() for key, value in state.items()}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt", TRUNK: trunk_fingerprint(model)})
     config.save_pretrained(str(folder))
+
+
+def _parameters_of(model: PreTrainedModel, head: str) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if name.startswith(f"{head}.") and ".lora_" not in name}
+
+
+def trunk_fingerprint(model: PreTrainedModel) -> str:
+    """Of the weights under heads and adapters: some of each, as bfloat16 has them, so that either type has the same."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(trunk_of(model).named_parameters()):
+        if ".lora_" not in name:
+            flat = parameter.detach().flatten()
+            picked = flat[:: max(1, len(flat) // 1024)].to(torch.bfloat16).cpu().contiguous()
+            digest.update(f"{name.replace('.base_layer', '')} {list(parameter.shape)}".encode())
+            digest.update(picked.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from rlhf.lm.config import AdapterConfig
 from rlhf.lm.head import widened
 from rlhf.lm.logprobs import action_states, at_actions, trunk_of, widen
 from rlhf.lm.lora import CRITIC, add_adapter, merged, using
+from rlhf.lm.trunk_reward import is_adapter, merged_reward_model
 
 VALUE_HEAD = "value_head.safetensors"
 
@@ -90,6 +91,11 @@ class Critic(nn.Module):
             InputError: it cannot be loaded or does not fit.
         """
         head_file = Path(model) / VALUE_HEAD
+        if is_adapter(model):
+            raise InputError(
+                f"no critic starts from {model!r}, an adapter without a trunk: pass the merged model in the folder "
+                "above it, or --critic-from None, for a critic on the actor's trunk"
+            )
         try:
             if head_file.is_file():
                 critic = cls.shared(actor)
@@ -300,13 +306,15 @@ def new_reward_model(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrain
 
 
 def load_reward_model(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Sequence classifier with one label of a hub id or folder.
+    """Sequence classifier with one label of a hub id or folder, which may hold a whole model or an adapter of one.
 
     Args:
         tokenizer: its padding token is where the classifier looks for a text's end.
     Raises:
         InputError: it cannot be loaded, or has no head: some other model.
     """
+    if is_adapter(model):
+        return merged_reward_model(model, tokenizer)
     found, has_head = _sequence_classifier(model, tokenizer)
     if not has_head:
         raise InputError(

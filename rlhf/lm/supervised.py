@@ -320,6 +320,7 @@ class SupervisedTrainer(Generic[R]):
             merged(self.model).save_pretrained(self.folder.final)
             if self.config.adapter.lora_rank:
                 save_adapter(self.model, self.folder.final / "adapter")
+                self.tokenizer.save_pretrained(self.folder.final / "adapter")
             self.tokenizer.save_pretrained(self.folder.final)
             rows = read_json_lines(self.folder.metrics)
             plot_metrics(rows, self.folder.plots / "metrics.png", self.panels, str(self.config.run.run_dir))

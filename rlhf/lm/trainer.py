@@ -24,6 +24,7 @@ from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_
 from rlhf.lm.rewards import RewardFunction, RewardModel
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
 from rlhf.lm.tasks import Task
+from rlhf.lm.trunk_reward import RewardOnTrunk
 from rlhf.lm.update import Learner, hold_back, update
 from rlhf.lm.verifier_pool import running
 from rlhf.rewards import Moments, shape_scores
@@ -84,7 +85,13 @@ class Trainer:
         self.reward_functions = [task.verifier] if reward_functions is None else list(reward_functions)
         self.reward_weights = reward_weights
         check_processes(config, accelerator)
-        check_rewards(self.reward_functions, reward_weights, task, tokenizer)
+        on_trunk = [
+            function.model
+            for function in (*self.reward_functions, task.verifier)
+            if isinstance(function, RewardModel) and isinstance(function.model, RewardOnTrunk)
+        ]
+        if not on_trunk:
+            check_rewards(self.reward_functions, reward_weights, task, tokenizer)
         for function in self.reward_functions:
             if isinstance(function, RewardModel):
                 function.model.to(accelerator.device)
@@ -97,6 +104,10 @@ class Trainer:
         else:
             check_creatable(run.run_dir)
         self._build_models(make_actor, make_engine)
+        for scorer in {id(x): x for x in on_trunk}.values():
+            scorer.attach(self.roles.actor)
+        if on_trunk:  # they could not score before
+            check_rewards(self.reward_functions, reward_weights, task, tokenizer)
         self.step, self.tokens, self.draws, self.kl_coef = 0, 0, 0, config.algorithm.kl_reward_coef
         self.moments = Moments()
         self.first_evaluation: dict[str, float] | None = None
