@@ -132,6 +132,7 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "lora_alpha": COUNT,
         "lora_targets": (["all-linear", "q_proj,v_proj"], []),
         "dtype": (["float32", "bfloat16"], ["float8"]),
+        "load_in": ([None, "8bit", "4bit"], ["2bit"]),
     },
     RunConfig: {
         "run_dir": ([Path("a")], []),

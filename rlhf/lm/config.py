@@ -1,6 +1,7 @@
 """Everything a run can be told, grouped by topic. Each field is documented, each range checked where it is set."""
 
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,6 +13,7 @@ from rlhf.presets import PRESETS, PresetName
 LRSchedule = Literal["constant", "linear", "cosine"]
 EngineKind = Literal["slots", "transformers"]
 TrunkType = Literal["float32", "bfloat16"]
+Bits = Literal["8bit", "4bit"]
 
 
 @dataclass(frozen=True)
@@ -209,17 +211,28 @@ class AdapterConfig:
     dtype: TrunkType = "float32"
     """Of the frozen trunk's weights and of what it computes; adapters and heads stay float32."""
 
+    load_in: Bits | None = None
+    """Quantise the frozen trunk with bitsandbytes, computing in dtype: 8bit (LLM.int8), 4bit (NF4, as in QLoRA)."""
+
     def __post_init__(self) -> None:
         check_range("lora_rank", self.lora_rank, low=0)
         check_range("lora_alpha", self.lora_alpha, low=1)
         check_choice("dtype", self.dtype, get_args(TrunkType))
+        if self.load_in is not None:
+            check_choice("load_in", self.load_in, get_args(Bits))
 
     def check_trunk(self) -> None:
         """What is loaded in few bits is not trained.
 
         Raises:
-            InputError: it would be.
+            InputError: it would be; or bitsandbytes is missing.
         """
+        if self.load_in is not None and not self.lora_rank:
+            raise InputError(
+                f"load_in={self.load_in!r} freezes all weights: pass --lora-rank too, for adapters to train"
+            )
+        if self.load_in is not None and find_spec("bitsandbytes") is None:
+            raise InputError(f"load_in={self.load_in!r} needs a package that is not there: pip install bitsandbytes")
         if self.dtype != "float32" and not self.lora_rank:
             raise InputError(
                 f"dtype={self.dtype!r} is for a frozen trunk: pass --lora-rank too, or launch with accelerate's "

@@ -19,7 +19,8 @@ from rlhf.checks import InputError, check_choice, check_range
 from rlhf.lm.checks import MAY_CHANGE, check_launch
 from rlhf.lm.config import AdapterConfig, LRSchedule, RunConfig
 from rlhf.lm.data import DataConfig
-from rlhf.lm.lora import add_adapter, load_trained_state, merged, save_adapter, trained_state
+from rlhf.lm.lora import add_adapter, load_trained_state, merged, save_adapter, train_head, trained_state
+from rlhf.lm.models import placed
 from rlhf.lm.update import sum_gradients
 from rlhf.run import (
     LiveView,
@@ -119,7 +120,7 @@ class SupervisedTrainer(Generic[R]):
         objective: sums over the units of some rows.
         make_model: builds the model; called once all checks have passed.
         describe: sums, units -> metrics.
-        trained_head: beginnings of the names of parameters to be trained beside adapters.
+        trained_head: names under which a model may have a head that is trained beside adapters.
         panels, columns: what is drawn, what the terminal shows.
         accelerator: devices, processes and precision; accelerate's own default if None.
     Raises:
@@ -167,14 +168,14 @@ class SupervisedTrainer(Generic[R]):
         else:
             check_creatable(run.run_dir)
         set_seed(run.seed)
-        self.model = make_model().to(accelerator.device).eval()
+        self.model = placed(make_model(), accelerator.device).eval()
         if accelerator.num_processes > 1:
             broadcast([tensor.data for tensor in (*self.model.parameters(), *self.model.buffers())])
         if config.adapter.lora_rank:
             add_adapter(self.model, config.adapter)
-            for name, parameter in self.model.named_parameters():
-                if name.startswith(trained_head):
-                    parameter.requires_grad_(True)
+            for name in trained_head:
+                if hasattr(self.model, name):
+                    train_head(self.model.get_submodule(name))
         self._build_optimizer()
         self.step = 0
         if run.resume:

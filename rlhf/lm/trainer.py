@@ -18,8 +18,8 @@ from rlhf.lm.config import TrainerConfig
 from rlhf.lm.dynamic_sampling import Batch
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
 from rlhf.lm.generation import Engine, build_engine
-from rlhf.lm.lora import load_trained_state, merged, save_adapter, trained_state
-from rlhf.lm.models import assemble_roles, end_token_ids, load_actor
+from rlhf.lm.lora import bare, load_trained_state, merged, save_adapter, trained_state
+from rlhf.lm.models import assemble_roles, end_token_ids, load_actor, placed
 from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_rows, verifier_counts
 from rlhf.lm.rewards import RewardFunction, RewardModel
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
@@ -129,7 +129,7 @@ class Trainer:
         else:
             actor = make_actor()
             check_context(actor, self.train_prompts, self.held_out_prompts, config.sampling)
-        actor = actor.to(accelerator.device)
+        actor = placed(actor, accelerator.device)
         if accelerator.num_processes > 1:  # before critic and reference are made from it
             broadcast([tensor.data for tensor in (*actor.parameters(), *actor.buffers())])
         set_seed(config.run.seed)  # for what draws from global generators: new layers, users' reward functions
@@ -183,7 +183,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             RunFolder.create(self.folder.path, self.config.as_dict())
             if self.config.run.checkpoint_every > 0:
-                self._save_actor(self.folder.path / INITIAL)
+                self._save_actor(self.folder.path / INITIAL, trunk_alone=True)
         if self.config.run.checkpoint_every > 0:
             self.save_checkpoint()
         self.accelerator.wait_for_everyone()
@@ -373,8 +373,10 @@ class Trainer:
                 truncate_after(path, self.step if self.step > 0 else -1)  # step 0 starts with its evaluation again
         self.accelerator.wait_for_everyone()
 
-    def _save_actor(self, path: Path) -> None:
-        merged(self.roles.actor).save_pretrained(path)
+    def _save_actor(self, path: Path, *, trunk_alone: bool = False) -> None:
+        """`trunk_alone`: without adapters and as it was loaded, quantised or not."""
+        actor = self.roles.actor
+        (bare(actor) if trunk_alone else merged(actor)).save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
     def _finish(self, last: dict[str, float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ with its head among the `modules_to_save`.
 """
 
 import copy
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -117,8 +118,9 @@ class RewardOnTrunk:
             f"pass --model {self._lora.base_model_name_or_path}, which it was trained on, or its merged reward model, "
             "which has a trunk of its own"
         )
-        if self._trunk_mark is not None:
-            if self._trunk_mark != trunk_fingerprint(actor):
+        mark = trunk_fingerprint(actor)
+        if self._trunk_mark is not None and mark is not None:
+            if self._trunk_mark != mark:
                 raise InputError(
                     f"the reward model {self.folder!r} is an adapter on other weights than those of the actor "
                     f"{self.actor_name!r}: {advice}"
@@ -140,7 +142,9 @@ def merged_reward_model(folder: str, tokenizer: PreTrainedTokenizerBase) -> PreT
     try:
         base = PeftConfig.from_pretrained(folder).base_model_name_or_path
         trunk = AutoModelForSequenceClassification.from_pretrained(str(base), num_labels=1, dtype=torch.float32)
-        found = PeftModelForSequenceClassification.from_pretrained(trunk, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers in an old way
+            found = PeftModelForSequenceClassification.from_pretrained(trunk, folder)
         plain = found.merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise InputError(
