@@ -144,6 +144,7 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "keep_checkpoints": COUNT,
         "samples_per_log": NON_NEGATIVE_COUNT,
         "log_with": ([None, "tensorboard"], []),
+        "push_to_hub": ([None, "owner/name"], []),
     },
 }
 

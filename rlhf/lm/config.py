@@ -190,6 +190,8 @@ class RunConfig:
     """Completions written to samples.jsonl each step."""
     log_with: str | None = None
     """One of accelerate's trackers (tensorboard, wandb, ...), beside metrics.jsonl."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face hub, owner/name, that the final model and tokenizer are uploaded to."""
 
     def __post_init__(self) -> None:
         for name in ("seed", "eval_every", "checkpoint_every", "samples_per_log"):

@@ -19,6 +19,7 @@ from rlhf.checks import InputError, check_choice, check_range
 from rlhf.lm.checks import MAY_CHANGE, check_launch
 from rlhf.lm.config import AdapterConfig, LRSchedule, RunConfig
 from rlhf.lm.data import DataConfig
+from rlhf.lm.hub import check_hub, push
 from rlhf.lm.lora import add_adapter, load_trained_state, merged, save_adapter, train_head, trained_state
 from rlhf.lm.models import placed
 from rlhf.lm.update import sum_gradients
@@ -145,6 +146,7 @@ class SupervisedTrainer(Generic[R]):
     ) -> None:
         run = config.run
         check_tracker(run.log_with)
+        check_hub(run.push_to_hub)
         if accelerator is None:
             accelerator = Accelerator(
                 cpu=torch.backends.mps.is_available(),
@@ -326,5 +328,6 @@ class SupervisedTrainer(Generic[R]):
             rows = read_json_lines(self.folder.metrics)
             plot_metrics(rows, self.folder.plots / "metrics.png", self.panels, str(self.config.run.run_dir))
             print(f"model in {self.folder.final}, metrics in {self.folder.metrics}, plots in {self.folder.plots}")
+            push(self.folder.final, self.config.run.push_to_hub)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -18,6 +18,7 @@ from rlhf.lm.config import TrainerConfig
 from rlhf.lm.dynamic_sampling import Batch
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
 from rlhf.lm.generation import Engine, build_engine
+from rlhf.lm.hub import check_hub, push
 from rlhf.lm.lora import bare, load_trained_state, merged, save_adapter, trained_state
 from rlhf.lm.models import assemble_roles, end_token_ids, load_actor, placed
 from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_rows, verifier_counts
@@ -80,6 +81,7 @@ class Trainer:
     ) -> None:
         run = config.run
         check_tracker(run.log_with)
+        check_hub(run.push_to_hub)
         accelerator = default_accelerator(config) if accelerator is None else accelerator
         self.config, self.tokenizer, self.accelerator, self.task = config, tokenizer, accelerator, task
         self.reward_functions = [task.verifier] if reward_functions is None else list(reward_functions)
@@ -401,6 +403,7 @@ class Trainer:
                 f"model in {self.folder.final}, metrics in {self.folder.metrics}, samples in {self.folder.samples}, "
                 f"plots in {self.folder.plots}"
             )
+            push(self.folder.final, self.config.run.push_to_hub)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return summary
