@@ -17,8 +17,10 @@ from rlhf.lm import config as config_module
 from rlhf.lm.config import AdapterConfig, RunConfig, TrainerConfig
 from rlhf.lm.lora import add_adapter, bare, is_quantised, merged
 from rlhf.lm.models import load_actor, new_reward_model
-from rlhf.lm.reward_modeling import PairFitConfig, RewardModelingConfig, reward_model_trainer
+from rlhf.lm.reward_modeling import PairFitConfig, RewardModelingConfig, reward_model_trainer, scores
+from rlhf.lm.rewards import RewardModel
 from rlhf.lm.rows import Pair
+from rlhf.lm.trunk_reward import RewardOnTrunk
 
 real = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 BITS = ["4bit", "8bit"]
@@ -162,4 +164,11 @@ def test_a_reward_model_trains_on_four_bits(base: str, tmp_path: Path) -> None:
         assert {p.dtype for p in trainer.parameters} == {torch.float32}
         first = trainer.evaluate()["held_out/loss"]
         assert trainer.train()["held_out/loss"] < first
-        assert replace(lora, load_in=None).load_in is None
+        actor = load_actor(base, adapter=lora)
+        add_adapter(actor, replace(lora, lora_rank=2))
+        scorer = RewardOnTrunk(str(tmp_path / str(number) / "final" / "adapter"), base)
+        scorer.attach(actor)  # on a trunk of the same few bits, it scores as it did in training
+        found = RewardModel(scorer, tokenizer)(["1=2", "1=5"], ["", ""])
+        texts = tokenizer(["1=2", "1=5"], add_special_tokens=False)["input_ids"]
+        expected = scores(trainer.model, texts, pad_token_id=tokenizer.pad_token_id).tolist()
+        assert found == pytest.approx(expected, abs=1e-4 if lora.load_in else 0.02)
