@@ -298,3 +298,9 @@ def test_prompts_are_shuffled_anew_each_time_and_by_seed() -> None:
     assert len(orders) == 9
     firsts = Counter(prompt_indices(4, step=0, count=1, seed=seed)[0] for seed in range(2000))
     assert all(abs(firsts[i] - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5 for i in range(4))
+
+
+def test_a_config_comes_back_from_json_as_it_was() -> None:
+    """A resumed run compares the two."""
+    config = TrainerConfig(source=SourceConfig(model="m", task_options=("max_value=12",)))
+    assert json.loads(json.dumps(config.as_dict())) == config.as_dict()
