@@ -259,3 +259,9 @@ class RewardModel:
             row = {name: values[number] for name, values in columns.items()}
             text = self.render(**arguments_for(self.render, {"prompt": prompt, "completion": completion, **row}))
         return text.removeprefix(self._bos)
+
+
+def on_trunk(functions: Sequence[RewardFunction]) -> list[RewardOnTrunk]:
+    """Those among them that score through the actor's trunk, each once."""
+    found = [function.model for function in functions if isinstance(function, RewardModel)]
+    return list({id(model): model for model in found if isinstance(model, RewardOnTrunk)}.values())

@@ -22,10 +22,9 @@ from rlhf.lm.hub import check_hub, push
 from rlhf.lm.lora import bare, load_trained_state, merged, save_adapter, trained_state
 from rlhf.lm.models import assemble_roles, end_token_ids, load_actor, placed
 from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_rows, verifier_counts
-from rlhf.lm.rewards import RewardFunction, RewardModel
+from rlhf.lm.rewards import RewardFunction, RewardModel, on_trunk
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
 from rlhf.lm.tasks import Task
-from rlhf.lm.trunk_reward import RewardOnTrunk
 from rlhf.lm.update import Learner, hold_back, update
 from rlhf.lm.verifier_pool import running
 from rlhf.rewards import Moments, shape_scores
@@ -87,12 +86,8 @@ class Trainer:
         self.reward_functions = [task.verifier] if reward_functions is None else list(reward_functions)
         self.reward_weights = reward_weights
         check_processes(config, accelerator)
-        on_trunk = [
-            function.model
-            for function in (*self.reward_functions, task.verifier)
-            if isinstance(function, RewardModel) and isinstance(function.model, RewardOnTrunk)
-        ]
-        if not on_trunk:
+        scorers = on_trunk((*self.reward_functions, task.verifier))
+        if not scorers:
             check_rewards(self.reward_functions, reward_weights, task, tokenizer)
         for function in self.reward_functions:
             if isinstance(function, RewardModel):
@@ -106,9 +101,9 @@ class Trainer:
         else:
             check_creatable(run.run_dir)
         self._build_models(make_actor, make_engine)
-        for scorer in {id(x): x for x in on_trunk}.values():
+        for scorer in scorers:
             scorer.attach(self.roles.actor)
-        if on_trunk:  # they could not score before
+        if scorers:  # they could not be asked before
             check_rewards(self.reward_functions, reward_weights, task, tokenizer)
         self.step, self.tokens, self.draws, self.kl_coef = 0, 0, 0, config.algorithm.kl_reward_coef
         self.moments = Moments()

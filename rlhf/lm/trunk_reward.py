@@ -43,7 +43,10 @@ class RewardOnTrunk:
 
     def __init__(self, folder: str, actor: str) -> None:
         self.folder, self.actor_name = folder, actor
-        self.config: Any = AutoConfig.from_pretrained(actor, num_labels=1)
+        try:
+            self.config: Any = AutoConfig.from_pretrained(actor, num_labels=1)
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"no configuration of the actor {actor!r} could be loaded ({brief(error)})") from error
         self._lora, self._tensors, self._head, self._trunk_mark = _read(folder)
         self._actor: PreTrainedModel | None = None
 
