@@ -33,7 +33,8 @@ class SourceConfig:
     instruction: str | None = None
     """What follows the question in a prompt; None: the task's own."""
     reward_model: str | None = None
-    """Folder or hub id of a sequence classifier with one label (recipes/ppo_preference.py)."""
+    """Folder or hub id of a sequence classifier with one label; or the folder of an adapter that is one, which with a
+    lora_rank is laid on the actor's trunk (recipes/ppo_preference.py)."""
     critic_from: str | None = None
     """Where a critic with a trunk of its own starts: a reward model, or the critic/ folder of a run; None: the actor's
     trunk under a head of zeros."""
