@@ -18,9 +18,12 @@ from transformers import PreTrainedModel
 
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.lm.config import AdapterConfig, OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
-from rlhf.lm.models import load_actor, load_tokenizer
+from rlhf.lm.lora import add_adapter, merged, save_adapter
+from rlhf.lm.models import head_of, load_actor, load_reward_model, load_tokenizer, new_reward_model
+from rlhf.lm.rewards import RewardFunction, RewardModel
 from rlhf.lm.tasks import Task, arithmetic
 from rlhf.lm.trainer import Trainer
+from rlhf.lm.trunk_reward import RewardOnTrunk
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,25 @@ class Args:
     model: str
     rank: int = 16
     variant: str | None = None
-    """For the child processes: separate, lora, lora_shared."""
+    """For the child processes: one of the variants' names."""
+    reward: str | None = None
+    """For the child processes: the folder of a reward model with adapter/ in it."""
 
 
-VARIANTS = {
-    "actor, critic, reference: three copies": ("separate", 0),
-    "one trunk, adapters for actor and critic": ("separate", None),
-    "one trunk, adapter for the actor, value head": ("shared", None),
+# critic, rank (None: as asked for), reward model: none, of its own, or an adapter on the actor's trunk
+VARIANTS: dict[str, tuple[str, int | None, str | None]] = {
+    "actor, critic, reference: three copies": ("separate", 0, None),
+    "one trunk, adapters for actor and critic": ("separate", None, None),
+    "one trunk, adapter for the actor, value head": ("shared", None, None),
+    "actor, critic, reference, reward model: four copies": ("separate", 0, "own"),
+    "one trunk, adapters for actor and critic; reward model of its own": ("separate", None, "own"),
+    "one trunk, adapters for actor, critic and reward model": ("separate", None, "adapter"),
 }
 
 
 def measure(args: Args) -> None:
     """One variant: prints GiB of state and of peak memory."""
-    critic, rank = VARIANTS[str(args.variant)]
+    critic, rank, reward = VARIANTS[str(args.variant)]
     config = TrainerConfig(
         sampling=SamplingConfig(max_prompt_tokens=32, max_new_tokens=16),
         algorithm=AlgorithmConfig(critic=critic, kl_reward_coef=0.01),  # type: ignore[arg-type]
@@ -56,10 +65,18 @@ def measure(args: Args) -> None:
     def make_actor() -> PreTrainedModel:
         return load_actor(args.model)
 
-    trainer = Trainer(config, tokenizer=load_tokenizer(args.model), task=task, make_actor=make_actor)
+    tokenizer = load_tokenizer(args.model)
+    scorer: PreTrainedModel | RewardOnTrunk | None = None
+    if reward == "own":
+        scorer = load_reward_model(str(args.reward), tokenizer).requires_grad_(False)
+    elif reward == "adapter":
+        scorer = RewardOnTrunk(f"{args.reward}/adapter", args.model)
+    functions: list[RewardFunction] | None = None if scorer is None else [RewardModel(scorer, tokenizer)]
+    trainer = Trainer(config, tokenizer=tokenizer, task=task, make_actor=make_actor, reward_functions=functions)
     trainer.train_step()
     roles = trainer.roles
-    parameters = {id(p): p for role in (roles.actor, roles.critic, roles.reference) if role for p in role.parameters()}
+    models = [roles.actor, roles.critic, roles.reference, scorer if isinstance(scorer, PreTrainedModel) else None]
+    parameters = {id(p): p for model in models if model is not None for p in model.parameters()}
     state = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in parameters.values())
     trained = sum(p.numel() for p in parameters.values() if p.requires_grad)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -70,14 +87,27 @@ def length(completions: list[str], **_: object) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
+def make_reward_model(args: Args, folder: Path) -> None:
+    """Untrained, merged and as an adapter: memory does not ask what it learned."""
+    tokenizer = load_tokenizer(args.model)
+    model = new_reward_model(args.model, tokenizer)
+    add_adapter(model, AdapterConfig(lora_rank=args.rank))
+    head_of(model).requires_grad_(True)
+    merged(model).save_pretrained(folder)
+    save_adapter(model, folder / "adapter")
+
+
 def main(args: Args) -> None:
     if args.variant is not None:
         measure(args)
         return
+    reward = Path(tempfile.mkdtemp()) / "reward"
+    make_reward_model(args, reward)
     print(f"| rank {args.rank}, float32 | trained parameters | state, GiB | peak of the process, GiB |")
     print("|---|---|---|---|", flush=True)
     for variant in VARIANTS:
         command = [sys.executable, __file__, "--model", args.model, "--rank", str(args.rank), "--variant", variant]
+        command += ["--reward", str(reward)]
         found = subprocess.run(command, check=True, capture_output=True, text=True)
         print(found.stdout.strip().splitlines()[-1], flush=True)
 

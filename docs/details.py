@@ -26,7 +26,7 @@ DETAILS = (
     Detail("SFT", "Rows laid end to end instead of padded", "--pack", "rlhf/lm/sft.py", "def packed_objective", ""),
     Detail("SFT", "Overlong rows are left out and counted, not cut", "--max-tokens", "rlhf/lm/data.py",
            "raise Unusable(f\"longer", N_PLUS),
-    Detail("all", "No dropout, in any stage", "", "rlhf/lm/supervised.py", ".to(accelerator.device).eval()", N_PLUS),
+    Detail("all", "No dropout, in any stage", "", "rlhf/lm/supervised.py", "accelerator.device).eval()", N_PLUS),
     Detail("reward model", "Head of std 1 / sqrt(width + 1) on the trunk of the fine-tuned model", "--model",
            "rlhf/lm/models.py", "nn.init.normal_(head.weight", STIENNON),
     Detail("reward model", "The score is read at a text's last token", "", "rlhf/lm/reward_modeling.py",

@@ -2,6 +2,7 @@
 
     accelerate launch recipes/grpo_math.py                      # no download: a small model learns to add, on a CPU
     accelerate launch recipes/grpo_math.py --model <folder or hub id> --task gsm8k --data <folder or hub id>
+    accelerate launch recipes/grpo_math.py --model <folder or hub id> --task reasoning_gym --data lcm
 
 Every option and its default: python recipes/grpo_math.py --help, or the same with --model for pretrained models.
 """
@@ -17,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.embedded import build_taught_model, build_tokenizer
 from rlhf.lm.models import load_actor, load_tokenizer
-from rlhf.lm.tasks import load_task, math_verifier
+from rlhf.lm.tasks import load_task
 from rlhf.lm.trainer import Trainer
 from rlhf.presets import PRESETS
 from rlhf.run import reporting_errors
@@ -58,17 +59,11 @@ PRETRAINED = TrainerConfig(
 def main(config: TrainerConfig) -> None:
     source = config.source
     tokenizer = build_tokenizer() if source.model is None else load_tokenizer(source.model)
-    task = load_task(
-        source.task,
-        data=source.data,
-        tokenizer=tokenizer,
-        plain_prompts=source.plain_prompts,
-        verifier=math_verifier(source),
-    )
+    task = load_task(source, tokenizer)
 
     def make_actor() -> PreTrainedModel:
         if source.model is not None:
-            return load_actor(source.model)
+            return load_actor(source.model, adapter=config.adapter)
         return build_taught_model(config.run.seed, tokenizer, task)
 
     Trainer(config, tokenizer=tokenizer, task=task, make_actor=make_actor).train()

@@ -2,6 +2,7 @@
 
     accelerate launch recipes/ppo_math.py                       # no download: a small model learns to add, on a CPU
     accelerate launch recipes/ppo_math.py --model <folder or hub id> --task gsm8k --data <folder or hub id>
+    accelerate launch recipes/ppo_math.py --model <folder or hub id> --task reasoning_gym --data lcm
     accelerate launch recipes/ppo_math.py --preset rloo         # any algorithm of docs/algorithms.md
 
 Every option and its default: python recipes/ppo_math.py --help, or the same with --model or --preset before it.
@@ -18,7 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig, with_preset
 from rlhf.lm.embedded import build_taught_model, build_tokenizer
 from rlhf.lm.models import load_actor, load_tokenizer
-from rlhf.lm.tasks import load_task, math_verifier
+from rlhf.lm.tasks import load_task
 from rlhf.lm.trainer import Trainer
 from rlhf.presets import PRESETS, PresetName
 from rlhf.run import reporting_errors
@@ -60,17 +61,11 @@ PRETRAINED = TrainerConfig(
 def main(config: TrainerConfig) -> None:
     source = config.source
     tokenizer = build_tokenizer() if source.model is None else load_tokenizer(source.model)
-    task = load_task(
-        source.task,
-        data=source.data,
-        tokenizer=tokenizer,
-        plain_prompts=source.plain_prompts,
-        verifier=math_verifier(source),
-    )
+    task = load_task(source, tokenizer)
 
     def make_actor() -> PreTrainedModel:
         if source.model is not None:
-            return load_actor(source.model)
+            return load_actor(source.model, adapter=config.adapter)
         return build_taught_model(config.run.seed, tokenizer, task)
 
     Trainer(config, tokenizer=tokenizer, task=task, make_actor=make_actor).train()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rlhf.algorithm import AlgorithmConfig
@@ -24,6 +24,7 @@ from rlhf.lm.models import load_actor, load_reward_model, load_tokenizer
 from rlhf.lm.rewards import RewardModel
 from rlhf.lm.tasks import Task
 from rlhf.lm.trainer import Trainer
+from rlhf.lm.trunk_reward import RewardOnTrunk, is_adapter
 from rlhf.run import reporting_errors
 
 SFT, REWARD_MODEL = "runs/sft/final", "runs/reward_model/final"  # where the other two recipes leave their models
@@ -82,11 +83,16 @@ def main(config: TrainerConfig) -> None:
         raise InputError("there must be a --model and a --reward-model")
     model, reward_tokenizer = source.model, load_tokenizer(source.reward_model)
     tokenizer = load_tokenizer(model)
-    reward = RewardModel(load_reward_model(source.reward_model, reward_tokenizer), reward_tokenizer)
+    if is_adapter(source.reward_model) and config.adapter.lora_rank:  # on the actor's own trunk
+        reward = RewardModel(RewardOnTrunk(source.reward_model, model), reward_tokenizer)
+    else:
+        reward = RewardModel(load_reward_model(source.reward_model, reward_tokenizer), reward_tokenizer)
     task = prompts(config, tokenizer, reward)
-    Trainer(
-        config, tokenizer=tokenizer, task=task, make_actor=lambda: load_actor(model), reward_functions=[reward]
-    ).train()
+
+    def make_actor() -> PreTrainedModel:
+        return load_actor(model, adapter=config.adapter)
+
+    Trainer(config, tokenizer=tokenizer, task=task, make_actor=make_actor, reward_functions=[reward]).train()
 
 
 def prompts(config: TrainerConfig, tokenizer: PreTrainedTokenizerBase, reward: RewardModel) -> Task:

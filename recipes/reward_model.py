@@ -59,7 +59,7 @@ def main(config: RewardModelingConfig) -> None:
         tokenizer=tokenizer,
         train=train,
         held_out=held_out,
-        make_model=lambda: new_reward_model(model, tokenizer),
+        make_model=lambda: new_reward_model(model, tokenizer, adapter=config.adapter),
     )
     found = trainer.train()
     if trainer.accelerator.is_main_process:

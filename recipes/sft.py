@@ -54,7 +54,9 @@ def main(config: SFTConfig) -> None:
     train_rows, held_out_rows = load_demonstrations(splits, tokenizer, source)
 
     def make_model() -> PreTrainedModel:
-        return embedded.build_model(seed, tokenizer) if source.model is None else load_actor(source.model)
+        if source.model is None:
+            return embedded.build_model(seed, tokenizer)
+        return load_actor(source.model, adapter=config.adapter)
 
     trainer = sft_trainer(config, tokenizer=tokenizer, train=train_rows, held_out=held_out_rows, make_model=make_model)
     found = trainer.train()

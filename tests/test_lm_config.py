@@ -48,8 +48,11 @@ FREE = ([True, False], [])
 RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
     SourceConfig: {
         "model": ([None, "folder"], []),
-        "task": (["arithmetic"], ["gsm8k"]),
+        "task": (["arithmetic"], ["gsm8k", "reasoning_gym"]),
         "data": ([None, "folder"], []),
+        "task_options": ([(), ("max_value=12", "size=9")], []),
+        "partial_credit": FREE,
+        "instruction": ([None, "", "Answer with the number alone."], []),
         "reward_model": ([None, "folder"], []),
         "critic_from": ([None, "folder"], []),
         "plain_prompts": FREE,
@@ -129,6 +132,8 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "lora_rank": NON_NEGATIVE_COUNT,
         "lora_alpha": COUNT,
         "lora_targets": (["all-linear", "q_proj,v_proj"], []),
+        "dtype": (["float32", "bfloat16"], ["float8"]),
+        "load_in": ([None, "8bit", "4bit"], ["2bit"]),
     },
     RunConfig: {
         "run_dir": ([Path("a")], []),
@@ -140,6 +145,7 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "keep_checkpoints": COUNT,
         "samples_per_log": NON_NEGATIVE_COUNT,
         "log_with": ([None, "tensorboard"], []),
+        "push_to_hub": ([None, "owner/name"], []),
     },
 }
 
@@ -293,3 +299,9 @@ def test_prompts_are_shuffled_anew_each_time_and_by_seed() -> None:
     assert len(orders) == 9
     firsts = Counter(prompt_indices(4, step=0, count=1, seed=seed)[0] for seed in range(2000))
     assert all(abs(firsts[i] - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5 for i in range(4))
+
+
+def test_a_config_comes_back_from_json_as_it_was() -> None:
+    """A resumed run compares the two."""
+    config = TrainerConfig(source=SourceConfig(model="m", task_options=("max_value=12",)))
+    assert json.loads(json.dumps(config.as_dict())) == config.as_dict()

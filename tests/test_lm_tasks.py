@@ -10,6 +10,7 @@ from tiny import tokenizer
 from tokenizers import processors
 
 from rlhf.checks import InputError
+from rlhf.lm.config import SourceConfig
 from rlhf.lm.embedded import build_tokenizer
 from rlhf.lm.rewards import exact_answer, name_of
 from rlhf.lm.tasks import Task, addition_row, arithmetic, gsm8k, load_task, pad_left, tokenize_prompts
@@ -81,7 +82,7 @@ def test_held_out_sums_are_never_trained_on(sums: Task) -> None:
 def test_problems_are_the_same_whatever_the_seed(sums: Task) -> None:
     torch.manual_seed(12345)
     assert arithmetic() == sums
-    assert load_task("arithmetic", data=None, tokenizer=tokenizer) == sums
+    assert load_task(SourceConfig(), tokenizer) == sums
     assert sums.verifier is exact_answer
 
 
@@ -110,7 +111,7 @@ def test_more_problems_than_there_are_is_refused() -> None:
 
 def test_gsm8k_in_plain_text(tmp_path: Path) -> None:
     data = folder_with(tmp_path, PROBLEMS, [QUESTION])
-    task = load_task("gsm8k", data=data, tokenizer=tokenizer, plain_prompts=True)
+    task = load_task(SourceConfig(model="m", task="gsm8k", data=data, plain_prompts=True), tokenizer)
     assert [row["answer"] for row in task.train] == ["1002", "-4"], "the number after the last ####, without commas"
     assert [row["prompt"] for row in task.train] == [f"Question: {row['question']}\nAnswer:" for row in PROBLEMS]
     assert [row["answer"] for row in task.held_out] == ["1002"]
@@ -191,7 +192,7 @@ def test_data_that_is_nowhere(data: str) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "problem"),
     [
-        ("chess", None, "unknown task 'chess': choose one of arithmetic, gsm8k"),
+        ("chess", None, "unknown task 'chess': choose one of arithmetic, gsm8k, reasoning_gym"),
         ("gsm8k", None, "needs --data"),
         ("gsm8k", "anywhere", "no chat template.*--plain-prompts"),
         ("arithmetic", "anywhere", "takes no data, got 'anywhere'"),
@@ -199,7 +200,7 @@ def test_data_that_is_nowhere(data: str) -> None:
 )
 def test_load_task_refuses(name: str, data: str | None, problem: str) -> None:
     with pytest.raises(InputError, match=problem):
-        load_task(name, data=data, tokenizer=tokenizer)
+        load_task(SourceConfig(model="m", task=name, data=data), tokenizer)
 
 
 # -- prompts --------------------------------------------------------------------------------------------------------

@@ -136,6 +136,18 @@ def test_a_pretrained_model_trains_on_gsm8k(recipe: str, pretrained: Path, gsm8k
     assert (tmp_path / "runs" / recipe / "final" / "model.safetensors").exists()
 
 
+def test_a_pretrained_model_trains_on_a_task_of_reasoning_gym(pretrained: Path, tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    task = ["--task", "reasoning_gym", "--data", "lcm", "--task-options", "max_value=12", "size=300"]
+    command = [sys.executable, str(RECIPES / "grpo_math.py"), "--model", str(pretrained), *task, "--instruction", ""]
+    more = ["--verifier-workers", "1", "--eval-prompts", "4", "--lora-rank", "2", "--dtype", "bfloat16"]
+    result = run(*command, *more, *SMALL, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr[-2000:]
+    sample = read_json_lines(tmp_path / "runs" / "grpo_math" / "samples.jsonl")[0]
+    assert "Least Common Multiple" in sample["prompt"]
+    assert "metadata" not in sample
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -143,6 +155,7 @@ def test_a_pretrained_model_trains_on_gsm8k(recipe: str, pretrained: Path, gsm8k
         (["--task", "gsm8k"], "task 'gsm8k' needs a pretrained model"),
         (["--task", "gsm8k", "--model", "./chat"], "task 'gsm8k' needs --data"),
         (["--task", "gsm8k", "--model", "./chat", "--data", "./nowhere"], "nowhere/train.jsonl does not exist"),
+        (["--push-to-hub", "owner/name"], "the hub does not know who is asking"),
         (["--model", "./empty"], "no tokenizer could be loaded from './empty'"),
         (["--max-prompt-tokens", "5"], "--max-prompt-tokens 8"),
         (["--minibatches", "7"], "do not divide into minibatches = 7"),

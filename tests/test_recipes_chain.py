@@ -54,6 +54,20 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs"
 
 
+def test_all_four_models_on_one_trunk(chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reward model's adapter, as its recipe leaves it, in PPO: the scores are those of the merged reward model."""
+    monkeypatch.chdir(tmp_path)
+    sft, short = ["--model", str(chain / "sft/final")], ["--eval-prompts", "8", "--eval-every", "0", "--lora-rank", "4"]
+    call("reward_model", *sft, "--steps", "3", *short)
+    final = tmp_path / "runs/reward_model/final"
+    adapter = ["--reward-model", str(final / "adapter"), "--critic-from", "None"]
+    call("ppo_preference", *sft, *adapter, *short, "--steps", "2", "--prompts-per-step", "8")
+    tokenizer = load_tokenizer(str(final))
+    merged = RewardModel(load_reward_model(str(final), tokenizer), tokenizer)
+    for row in read_json_lines(tmp_path / "runs/ppo_preference/samples.jsonl"):
+        assert merged([row["prompt"]], [row["completion"]]) == pytest.approx([row["score"]], abs=1e-4)
+
+
 def test_the_recipes_find_each_others_models(chain: Path) -> None:
     assert rows_of(chain / "sft")[-1]["held_out/loss"] < rows_of(chain / "sft")[0]["held_out/loss"]
     assert {"held_out/accuracy", "held_out/calibration_error"} <= rows_of(chain / "reward_model")[-1].keys()

@@ -20,6 +20,7 @@ ON_CPU = "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 .
 # rounding, no longer bit for bit).
 MAY_CHANGE = {"run_dir", "eval_every", "eval_prompts", "checkpoint_every", "keep_checkpoints", "samples_per_log"} | {
     "log_with",
+    "push_to_hub",
     "engine",
     "generation_batch_size",
     "micro_batch_tokens",

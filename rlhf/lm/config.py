@@ -1,6 +1,7 @@
 """Everything a run can be told, grouped by topic. Each field is documented, each range checked where it is set."""
 
 from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,6 +12,8 @@ from rlhf.presets import PRESETS, PresetName
 
 LRSchedule = Literal["constant", "linear", "cosine"]
 EngineKind = Literal["slots", "transformers"]
+TrunkType = Literal["float32", "bfloat16"]
+Bits = Literal["8bit", "4bit"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,18 @@ class SourceConfig:
     model: str | None = None
     """Folder or hub id of a pretrained model; None: a small one is made and taught on the spot."""
     task: str = "arithmetic"
-    """arithmetic, or gsm8k (which needs a model)."""
+    """arithmetic; gsm8k or reasoning_gym (which need a model)."""
     data: str | None = None
-    """For gsm8k: a folder with train.jsonl and test.jsonl, or a hub id."""
+    """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id; reasoning_gym: one of its tasks, such as lcm."""
+    task_options: tuple[str, ...] = ()
+    """For reasoning_gym: the task's own options, name=value ..., such as max_value=12; size: entries to train on."""
+    partial_credit: bool = False
+    """For reasoning_gym: the task's whole score in [0, 1] is the reward, not full marks alone."""
+    instruction: str | None = None
+    """What follows the question in a prompt; None: the task's own."""
     reward_model: str | None = None
-    """Folder or hub id of a sequence classifier with one label (recipes/ppo_preference.py)."""
+    """Folder or hub id of a sequence classifier with one label; or the folder of an adapter that is one, which with a
+    lora_rank is laid on the actor's trunk (recipes/ppo_preference.py)."""
     critic_from: str | None = None
     """Where a critic with a trunk of its own starts: a reward model, or the critic/ folder of a run; None: the actor's
     trunk under a head of zeros."""
@@ -33,7 +43,7 @@ class SourceConfig:
     drop_long_prompts: bool = False
     """Leave out prompts longer than max_prompt_tokens instead of stopping."""
     verifier_workers: int = 2
-    """Processes that check gsm8k's answers, for each training process; 0: none, the training process does it."""
+    """Processes that check answers (not arithmetic's), for each training process; 0: none, it does so itself."""
     verifier_timeout: float = 5.0
     """Seconds for one answer in a worker, which is killed then; > 0."""
     verifier_memory_mb: int = 1024
@@ -42,8 +52,8 @@ class SourceConfig:
     """Stop on an answer that a worker cannot check (time, memory, crash, error) instead of scoring it 0."""
 
     def __post_init__(self) -> None:
-        if self.model is None and self.task == "gsm8k":
-            raise InputError("task 'gsm8k' needs a pretrained model: pass --model <folder or hub id>")
+        if self.model is None and self.task in ("gsm8k", "reasoning_gym"):
+            raise InputError(f"task {self.task!r} needs a pretrained model: pass --model <folder or hub id>")
         check_range("verifier_workers", self.verifier_workers, low=0)
         check_range("verifier_timeout", self.verifier_timeout, low=0, low_open=True, high_open=True)
         check_range("verifier_memory_mb", self.verifier_memory_mb, low=1)
@@ -181,6 +191,8 @@ class RunConfig:
     """Completions written to samples.jsonl each step."""
     log_with: str | None = None
     """One of accelerate's trackers (tensorboard, wandb, ...), beside metrics.jsonl."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face hub, owner/name, that the final model and tokenizer are uploaded to."""
 
     def __post_init__(self) -> None:
         for name in ("seed", "eval_every", "checkpoint_every", "samples_per_log"):
@@ -199,10 +211,36 @@ class AdapterConfig:
     """Adapters are scaled by lora_alpha / lora_rank."""
     lora_targets: str = "all-linear"
     """Names of the layers that get one, separated by commas; all-linear: every linear layer of the trunk."""
+    dtype: TrunkType = "float32"
+    """Of the frozen trunk's weights and of what it computes; adapters and heads stay float32."""
+
+    load_in: Bits | None = None
+    """Quantise the frozen trunk with bitsandbytes, computing in dtype: 8bit (LLM.int8), 4bit (NF4, as in QLoRA)."""
 
     def __post_init__(self) -> None:
         check_range("lora_rank", self.lora_rank, low=0)
         check_range("lora_alpha", self.lora_alpha, low=1)
+        check_choice("dtype", self.dtype, get_args(TrunkType))
+        if self.load_in is not None:
+            check_choice("load_in", self.load_in, get_args(Bits))
+
+    def check_trunk(self) -> None:
+        """What is loaded in few bits is not trained.
+
+        Raises:
+            InputError: it would be; or bitsandbytes is missing.
+        """
+        if self.load_in is not None and not self.lora_rank:
+            raise InputError(
+                f"load_in={self.load_in!r} freezes all weights: pass --lora-rank too, for adapters to train"
+            )
+        if self.load_in is not None and find_spec("bitsandbytes") is None:
+            raise InputError(f"load_in={self.load_in!r} needs a package that is not there: pip install bitsandbytes")
+        if self.dtype != "float32" and not self.lora_rank:
+            raise InputError(
+                f"dtype={self.dtype!r} is for a frozen trunk: pass --lora-rank too, or launch with accelerate's "
+                "--mixed_precision bf16, which keeps the trained weights in float32"
+            )
 
 
 @dataclass(frozen=True)
@@ -217,6 +255,7 @@ class TrainerConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        self.adapter.check_trunk()
         if self.algorithm.compares_samples and self.optimization.samples_per_prompt < 2:
             raise InputError(
                 f"advantage={self.algorithm.advantage!r} compares samples of one prompt: samples_per_prompt must be at "
@@ -233,6 +272,7 @@ class TrainerConfig:
         """JSON-able, for config.json; `resume` is how a run was continued, not what it is, and left out."""
         config = asdict(self)
         config["run"]["run_dir"] = str(self.run.run_dir)
+        config["source"]["task_options"] = list(self.source.task_options)
         del config["run"]["resume"]
         return config
 

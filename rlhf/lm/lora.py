@@ -6,22 +6,29 @@ Source: Hu et al. 2021 (LoRA), arXiv:2106.09685.
 """
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from peft import LoraConfig, inject_adapter_in_model
+import torch
+from peft import LoraConfig, TaskType, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf.checks import InputError, brief
 from rlhf.lm.config import AdapterConfig
+from rlhf.lm.logprobs import trunk_of, widen
 
 ACTOR, CRITIC = "default", "critic"  # peft loads what is called "default" without being asked
 HEADS = ["lm_head", "score", "classifier"]
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TRUNK = "trunk"  # key of the trunk's fingerprint in that file's metadata
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig, name: str = ACTOR) -> None:
@@ -47,7 +54,10 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, name: str = ACTOR
     for layer in adapter_layers(model):
         layer.set_adapter(ACTOR)
     for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in parameter_name)
+        is_adapter = ".lora_" in parameter_name
+        parameter.requires_grad_(is_adapter)
+        if is_adapter:  # peft gives them the trunk's type; a step of 1e-4 is lost on a bfloat16 weight
+            parameter.data = widen(parameter.data)
     model.eval()
 
 
@@ -75,38 +85,141 @@ def using(model: PreTrainedModel, name: str | None) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def train_head(head: nn.Module) -> None:
+    """Train it beside the adapters, in float32 whatever the trunk computes in."""
+    for parameter in head.parameters():
+        parameter.data = widen(parameter.data)
+        parameter.requires_grad_(True)
+    head.register_forward_pre_hook(_widened_input)
+
+
+def _widened_input(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(widen(x) for x in args)
+
+
+@torch.no_grad()
 def merged(model: PreTrainedModel, name: str = ACTOR) -> PreTrainedModel:
-    """A copy whose weights have the adapter added to them, without adapters: a plain transformers model. The model
-    itself where it has no adapters."""
+    """A copy whose weights have the adapter added to them, without adapters: a plain transformers model, not quantised
+    either. The model itself where it has no adapters."""
     if not adapter_layers(model):
         return model
     plain = copy.deepcopy(model)
     for path, module in list(plain.named_modules()):
         if isinstance(module, BaseTunerLayer):
-            module.merge(adapter_names=[name])
+            base = module.get_base_layer()
+            if is_quantised(base):
+                lora: Any = module
+                delta = lora.get_delta_weight(name) if name in lora.lora_A else 0.0
+                base = _dequantised(base, model.dtype, delta)
+            else:
+                module.merge(adapter_names=[name])
+            plain.set_submodule(path, base)
+    for path, module in list(plain.named_modules()):
+        if is_quantised(module):
+            plain.set_submodule(path, _dequantised(module, model.dtype))
+    without_quantization(plain.config)
+    return _without_peft(plain)
+
+
+def bare(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy without adapters, its weights as they are. The model itself where it has none."""
+    if not adapter_layers(model):
+        return model
+    plain = copy.deepcopy(model)
+    for path, module in list(plain.named_modules()):
+        if isinstance(module, BaseTunerLayer):
             plain.set_submodule(path, module.get_base_layer())
-    if hasattr(plain, "peft_config"):
-        del plain.peft_config
+    return _without_peft(plain)
+
+
+def _without_peft(plain: PreTrainedModel) -> PreTrainedModel:
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        if name in plain.__dict__:
+            delattr(plain, name)
     return plain
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether it is a linear layer of bitsandbytes."""
+    return type(module).__name__ in ("Linear8bitLt", "Linear4bit")
+
+
+def with_gradients(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, whose layers of 4 bits pass gradients on in eval mode too, in which ours stay: bitsandbytes 0.50 would
+    repack them for inference on CPUs with AVX512-BF16, in their first forward, and gradients end there unnoticed."""
+    for module in model.modules():
+        if is_quantised(module) and hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return model
+
+
+def _dequantised(layer: Any, dtype: torch.dtype, delta: Tensor | float = 0.0) -> nn.Linear:
+    weight = dequantize_module_weight(layer)
+    bias: Tensor | None = layer.bias
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=dtype)
+    plain.requires_grad_(False)
+    plain.weight.copy_(weight + delta)
+    if bias is not None:
+        plain.bias.copy_(bias)
+    return plain
+
+
+def without_quantization(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration, which no longer says that its model is quantised."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
 def save_adapter(model: PreTrainedModel, folder: Path, name: str = ACTOR) -> None:
-    """adapter_config.json and adapter_model.safetensors, as peft and transformers load them onto the trunk."""
+    """adapter_config.json and adapter_model.safetensors, as peft and transformers load them onto the trunk; a trained
+    head beside the adapter (a sequence classifier's) goes into both."""
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=name)
-    tensors = {f"base_model.model.{key}": value.contiguous() for key, value in state.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = copy.deepcopy(model.peft_config[name])
+    config: Any = copy.deepcopy(model.peft_config[name])
     config.inference_mode = True
+    heads = [head for head in HEADS if any(p.requires_grad for p in _parameters_of(model, head).values())]
+    if heads:
+        config.task_type, config.modules_to_save = TaskType.SEQ_CLS, heads
+        state |= {key: value for head in heads for key, value in _parameters_of(model, head).items()}
+    tensors = {f"base_model.model.{key}": value.detach().contiguous() for key, value in state.items()}
+    mark = trunk_fingerprint(model)
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"} | ({TRUNK: mark} if mark else {}))
     config.save_pretrained(str(folder))
+
+
+def _parameters_of(model: PreTrainedModel, head: str) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if name.startswith(f"{head}.") and ".lora_" not in name}
+
+
+def trunk_fingerprint(model: PreTrainedModel) -> str | None:
+    """Of the weights under heads and adapters: some of each, as bfloat16 has them, so that either type has the same.
+    None where they are quantised."""
+    if any(is_quantised(module) for module in model.modules()):
+        return None
+    digest = hashlib.sha256()
+    for name, parameter in sorted(trunk_of(model).named_parameters()):
+        if ".lora_" not in name:
+            flat = parameter.detach().flatten()
+            picked = flat[:: max(1, len(flat) // 1024)].to(torch.bfloat16).cpu().contiguous()
+            digest.update(f"{name.replace('.base_layer', '')} {list(parameter.shape)}".encode())
+            digest.update(picked.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """The state without the frozen parameters, which are in the file that the model came from."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+    named = model.named_parameters(remove_duplicate=False)  # tied weights have two names in the state
+    kept = {name for name, parameter in named if parameter.requires_grad}
+    kept |= {name for name, _ in model.named_buffers()}
+    return {name: value for name, value in model.state_dict().items() if name in kept}
 
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """The inverse of `trained_state`."""
-    model.load_state_dict({**model.state_dict(), **state})
+    expected = trained_state(model).keys()
+    if state.keys() != expected:
+        raise InputError(
+            f"the checkpoint is of another model: {sorted(state.keys() ^ expected)[0]} is on one side only"
+        )
+    model.load_state_dict(state, strict=False)

@@ -1,10 +1,11 @@
 """The roles: actor, critic, reference (reward models are in `rlhf.lm.rewards`), and how they are loaded and saved."""
 
 import copy
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,8 +25,10 @@ from transformers import (
 from rlhf.algorithm import CriticKind
 from rlhf.checks import InputError, brief
 from rlhf.lm.config import AdapterConfig
+from rlhf.lm.head import widened
 from rlhf.lm.logprobs import action_states, at_actions, trunk_of, widen
-from rlhf.lm.lora import CRITIC, add_adapter, merged, using
+from rlhf.lm.lora import CRITIC, HEADS, add_adapter, merged, using, with_gradients, without_quantization
+from rlhf.lm.trunk_reward import is_adapter, merged_reward_model
 
 VALUE_HEAD = "value_head.safetensors"
 
@@ -89,13 +93,19 @@ class Critic(nn.Module):
             InputError: it cannot be loaded or does not fit.
         """
         head_file = Path(model) / VALUE_HEAD
+        if is_adapter(model):
+            raise InputError(
+                f"no critic starts from {model!r}, an adapter without a trunk: pass the merged model in the folder "
+                "above it, or --critic-from None, for a critic on the actor's trunk"
+            )
         try:
             if head_file.is_file():
                 critic = cls.shared(actor)
                 assert critic.head is not None
                 critic.head.load_state_dict(load_file(head_file))
                 return critic
-            trunk = AutoModelForTokenClassification.from_pretrained(model, num_labels=1, dtype=actor.dtype)
+            dtype = widened(actor.dtype)
+            trunk = AutoModelForTokenClassification.from_pretrained(model, num_labels=1, dtype=dtype)
             architecture = next(iter(AutoConfig.from_pretrained(model).architectures or []), "")
             if "SequenceClassification" in architecture:  # the same head without a bias, of which nothing is known
                 _take_head(trunk, model)
@@ -116,7 +126,7 @@ class Critic(nn.Module):
     def shared(cls, actor: PreTrainedModel) -> "Critic":
         """A head of zeros on the actor's own hidden states."""
         size = actor.config.get_text_config().hidden_size
-        head = nn.Linear(size, 1, dtype=actor.dtype)
+        head = nn.Linear(size, 1, dtype=widened(actor.dtype))
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         return cls(None, head)
@@ -136,7 +146,7 @@ class Critic(nn.Module):
             else:
                 assert actor_hidden is not None
                 hidden = actor_hidden[action_mask]
-            values = self.head(hidden)
+            values = self.head(widen(hidden))
         return at_actions(widen(values.squeeze(-1)), action_mask)
 
     def save_pretrained(self, folder: Path) -> None:
@@ -156,7 +166,7 @@ class Critic(nn.Module):
 
 def _token_classifier(actor: PreTrainedModel) -> PreTrainedModel:
     """Of the actor's architecture, with one label and random weights."""
-    config = copy.deepcopy(actor.config)
+    config = without_quantization(copy.deepcopy(actor.config))
     config.num_labels = 1
     try:
         return AutoModelForTokenClassification.from_config(config, dtype=actor.dtype)
@@ -262,14 +272,45 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_actor(model: str, *, dtype: torch.dtype | Literal["auto"] = torch.float32) -> PreTrainedModel:
+def loading(adapter: AdapterConfig) -> dict[str, Any]:
+    """What `from_pretrained` is told of the trunk: its type, and bitsandbytes' settings where it is quantised.
+
+    4 bits as in Dettmers et al. 2023 (QLoRA), arXiv:2305.14314: NormalFloat, with the constants quantised too. Heads
+    keep their type.
+    """
+    dtype: torch.dtype = getattr(torch, adapter.dtype)
+    if adapter.load_in is None:
+        return {"dtype": dtype}
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # 8bit: a warning at every product
+    quantization = BitsAndBytesConfig(
+        load_in_8bit=adapter.load_in == "8bit",
+        load_in_4bit=adapter.load_in == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=HEADS,
+    )
+    return {"dtype": dtype, "quantization_config": quantization}
+
+
+def placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """On the device; a quantised model is loaded there and must not be moved."""
+    return model if model.device == device else model.to(device)  # type: ignore[arg-type]
+
+
+def load_actor(
+    model: str, *, dtype: torch.dtype | Literal["auto"] = torch.float32, adapter: AdapterConfig | None = None
+) -> PreTrainedModel:
     """Causal language model of a hub id or folder.
 
+    Args:
+        adapter: says how its trunk is loaded, instead of dtype.
     Raises:
         InputError: it cannot be loaded.
     """
+    options = {"dtype": dtype} if adapter is None else loading(adapter)
     try:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        return with_gradients(AutoModelForCausalLM.from_pretrained(model, **options))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"no causal language model could be loaded from {model!r}: give a folder with config.json and "
@@ -277,15 +318,19 @@ def load_actor(model: str, *, dtype: torch.dtype | Literal["auto"] = torch.float
         ) from error
 
 
-def new_reward_model(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def new_reward_model(
+    model: str, tokenizer: PreTrainedTokenizerBase, *, adapter: AdapterConfig | None = None
+) -> PreTrainedModel:
     """A sequence classifier with one label on the trunk of a pretrained model, to be trained.
 
     A new head's weights are normal with std 1 / sqrt(hidden size + 1): Stiennon et al. 2020, arXiv:2009.01325.
 
+    Args:
+        adapter: says how the trunk is loaded; float32 if None.
     Raises:
         InputError: it cannot be loaded.
     """
-    found, has_head = _sequence_classifier(model, tokenizer)
+    found, has_head = _sequence_classifier(model, tokenizer, AdapterConfig() if adapter is None else adapter)
     if not has_head:
         head = head_of(found)
         nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
@@ -293,14 +338,16 @@ def new_reward_model(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrain
 
 
 def load_reward_model(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Sequence classifier with one label of a hub id or folder.
+    """Sequence classifier with one label of a hub id or folder, which may hold a whole model or an adapter of one.
 
     Args:
         tokenizer: its padding token is where the classifier looks for a text's end.
     Raises:
         InputError: it cannot be loaded, or has no head: some other model.
     """
-    found, has_head = _sequence_classifier(model, tokenizer)
+    if is_adapter(model):
+        return merged_reward_model(model, tokenizer)
+    found, has_head = _sequence_classifier(model, tokenizer, AdapterConfig())
     if not has_head:
         raise InputError(
             f"{model!r} is no reward model: it has no trained head with one label; recipes/reward_model.py trains one"
@@ -308,11 +355,13 @@ def load_reward_model(model: str, tokenizer: PreTrainedTokenizerBase) -> PreTrai
     return found
 
 
-def _sequence_classifier(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, bool]:
+def _sequence_classifier(
+    model: str, tokenizer: PreTrainedTokenizerBase, adapter: AdapterConfig
+) -> tuple[PreTrainedModel, bool]:
     """The classifier, and whether its head came with it."""
     try:
         found, info = AutoModelForSequenceClassification.from_pretrained(
-            model, num_labels=1, dtype=torch.float32, output_loading_info=True
+            model, num_labels=1, output_loading_info=True, **loading(adapter)
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
@@ -320,7 +369,9 @@ def _sequence_classifier(model: str, tokenizer: PreTrainedTokenizerBase) -> tupl
             f"a hub id. ({brief(error)})"
         ) from error
     found.config.pad_token_id = tokenizer.pad_token_id
-    return found, not any(name.endswith(("score.weight", "classifier.weight")) for name in info["missing_keys"])
+    return with_gradients(found), not any(
+        name.endswith(("score.weight", "classifier.weight")) for name in info["missing_keys"]
+    )
 
 
 def end_token_ids(actor: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

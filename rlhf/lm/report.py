@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from rlhf.lm.experience import Experience, mean_entropy, sequence_kl
-from rlhf.lm.rewards import RewardFunction
+from rlhf.lm.rewards import RewardFunction, Row
 from rlhf.lm.rollout import OVERLONG, Rollout
 from rlhf.lm.tasks import Task
 from rlhf.lm.verifier_pool import FAULTS, VerifierPool
@@ -77,7 +77,14 @@ def sample_rows(rollout: Rollout, step: int, count: int) -> list[dict[str, Any]]
     """The first completions of the round, spread over its prompts, as lines of samples.jsonl."""
     stride = max(len(rollout.texts) // count, 1) if count else 1
     picked = rollout.texts[::stride][:count]
-    return [{"step": step, **row, "completion": completion, "score": score} for row, completion, score in picked]
+    return [
+        {"step": step, **_readable(row), "completion": completion, "score": score} for row, completion, score in picked
+    ]
+
+
+def _readable(row: Row) -> Row:
+    """Without columns that only a verifier reads."""
+    return {name: value for name, value in row.items() if not isinstance(value, dict)}
 
 
 def draw_plots(folder: RunFolder, task: Task) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checks import InputError, brief, check_range
+from rlhf.lm.trunk_reward import RewardOnTrunk
 from rlhf.lm.verifiers import arguments_for, as_score, exact_answer, math_answer, name_of
 from rlhf.rewards import combine_rewards
 
@@ -197,7 +198,8 @@ class RewardModel:
     translated: where the reward model has a chat template of its own, let `render` build its text from the row.
 
     Args:
-        model: e.g. AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).
+        model: e.g. AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1); or an adapter and a head
+            on the actor's trunk.
         tokenizer: the model's own, with a pad token.
         batch_size: texts scored at once.
         render: (prompt, completion, **columns of the row) -> the text to score; their concatenation if None.
@@ -209,7 +211,7 @@ class RewardModel:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | RewardOnTrunk,
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int = 64,
@@ -257,3 +259,15 @@ class RewardModel:
             row = {name: values[number] for name, values in columns.items()}
             text = self.render(**arguments_for(self.render, {"prompt": prompt, "completion": completion, **row}))
         return text.removeprefix(self._bos)
+
+
+def on_trunk(functions: Sequence[RewardFunction]) -> list[RewardOnTrunk]:
+    """Those among them that score through the actor's trunk, each once."""
+    found = [function.model for function in functions if isinstance(function, RewardModel)]
+    return list({id(model): model for model in found if isinstance(model, RewardOnTrunk)}.values())
+
+
+def whole_models(functions: Sequence[RewardFunction]) -> list[PreTrainedModel]:
+    """The models of the others among them, with a trunk of their own."""
+    found = [function.model for function in functions if isinstance(function, RewardModel)]
+    return [model for model in found if isinstance(model, PreTrainedModel)]

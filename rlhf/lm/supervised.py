@@ -19,7 +19,9 @@ from rlhf.checks import InputError, check_choice, check_range
 from rlhf.lm.checks import MAY_CHANGE, check_launch
 from rlhf.lm.config import AdapterConfig, LRSchedule, RunConfig
 from rlhf.lm.data import DataConfig
-from rlhf.lm.lora import add_adapter, load_trained_state, merged, save_adapter, trained_state
+from rlhf.lm.hub import check_hub, push
+from rlhf.lm.lora import add_adapter, load_trained_state, merged, save_adapter, train_head, trained_state
+from rlhf.lm.models import placed
 from rlhf.lm.update import sum_gradients
 from rlhf.run import (
     LiveView,
@@ -86,6 +88,9 @@ class SupervisedConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        self.adapter.check_trunk()
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, for config.json."""
         config = asdict(self)
@@ -116,7 +121,7 @@ class SupervisedTrainer(Generic[R]):
         objective: sums over the units of some rows.
         make_model: builds the model; called once all checks have passed.
         describe: sums, units -> metrics.
-        trained_head: beginnings of the names of parameters to be trained beside adapters.
+        trained_head: names under which a model may have a head that is trained beside adapters.
         panels, columns: what is drawn, what the terminal shows.
         accelerator: devices, processes and precision; accelerate's own default if None.
     Raises:
@@ -141,6 +146,7 @@ class SupervisedTrainer(Generic[R]):
     ) -> None:
         run = config.run
         check_tracker(run.log_with)
+        check_hub(run.push_to_hub)
         if accelerator is None:
             accelerator = Accelerator(
                 cpu=torch.backends.mps.is_available(),
@@ -164,14 +170,14 @@ class SupervisedTrainer(Generic[R]):
         else:
             check_creatable(run.run_dir)
         set_seed(run.seed)
-        self.model = make_model().to(accelerator.device).eval()
+        self.model = placed(make_model(), accelerator.device).eval()
         if accelerator.num_processes > 1:
             broadcast([tensor.data for tensor in (*self.model.parameters(), *self.model.buffers())])
         if config.adapter.lora_rank:
             add_adapter(self.model, config.adapter)
-            for name, parameter in self.model.named_parameters():
-                if name.startswith(trained_head):
-                    parameter.requires_grad_(True)
+            for name in trained_head:
+                if hasattr(self.model, name):
+                    train_head(self.model.get_submodule(name))
         self._build_optimizer()
         self.step = 0
         if run.resume:
@@ -317,9 +323,11 @@ class SupervisedTrainer(Generic[R]):
             merged(self.model).save_pretrained(self.folder.final)
             if self.config.adapter.lora_rank:
                 save_adapter(self.model, self.folder.final / "adapter")
+                self.tokenizer.save_pretrained(self.folder.final / "adapter")
             self.tokenizer.save_pretrained(self.folder.final)
             rows = read_json_lines(self.folder.metrics)
             plot_metrics(rows, self.folder.plots / "metrics.png", self.panels, str(self.config.run.run_dir))
             print(f"model in {self.folder.final}, metrics in {self.folder.metrics}, plots in {self.folder.plots}")
+            push(self.folder.final, self.config.run.push_to_hub)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()

@@ -1,6 +1,6 @@
-"""Prompts and answers: built-in arithmetic and GSM8K. A task is its rows and the verifier of their answers."""
+"""Prompts and answers: built-in arithmetic, GSM8K, reasoning-gym. A task is rows and the verifier of their answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,23 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.checks import InputError, brief, check_range
 from rlhf.lm.config import SourceConfig
+from rlhf.lm.reasoning_tasks import reasoning_entries
 from rlhf.lm.rewards import RewardFunction, Row
 from rlhf.lm.verifier_pool import VerifierPool
-from rlhf.lm.verifiers import exact_answer, math_answer, math_answer_without_limit
+from rlhf.lm.verifiers import (
+    exact_answer,
+    math_answer,
+    math_answer_without_limit,
+    reasoning_gym_answer,
+    reasoning_gym_full_marks,
+)
 from rlhf.run.seeding import generator_for
 
-TASKS = ("arithmetic", "gsm8k")
+TASKS = ("arithmetic", "gsm8k", "reasoning_gym")
+BOXED = "Think step by step, then give the final answer as \\boxed{number}."
+TAGGED = (
+    "Think step by step, then give the final answer between <answer> and </answer>."  # as reasoning-gym asks for it
+)
 
 
 @dataclass(frozen=True)
@@ -31,32 +42,33 @@ class Task:
     add_special_tokens: bool = True  # False where the prompt's text holds them already, as a chat template's does
 
 
-def load_task(
-    name: str,
-    *,
-    data: str | None,
-    tokenizer: PreTrainedTokenizerBase,
-    plain_prompts: bool = False,
-    verifier: RewardFunction | None = None,
-) -> Task:
-    """The task by name.
+def load_task(source: SourceConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The task that the source names.
 
     Args:
-        name: one of TASKS.
-        data: for gsm8k a folder with train.jsonl and test.jsonl, or a hub id; arithmetic takes none.
+        source: task (one of TASKS), data and what else concerns them.
         tokenizer: its chat template renders questions put to a pretrained model.
-        plain_prompts: put the question as plain text instead, for models without a chat template.
-        verifier: of gsm8k's answers; `math_verifier()` if None. Arithmetic compares strings.
     Raises:
         InputError: unknown task, missing or unreadable data, a row without a needed column, no chat template.
     """
-    if name == "arithmetic":
-        if data is not None:
-            raise InputError(f"task 'arithmetic' makes its own problems and takes no data, got {data!r}")
-        return arithmetic()
+    name, data = source.task, source.data
+    if name not in TASKS:
+        raise InputError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+    if source.task_options and name != "reasoning_gym":
+        raise InputError(f"--task-options are reasoning_gym's, and the task is {name!r}: leave them out")
     if name == "gsm8k":
-        return gsm8k(data, tokenizer, plain_prompts=plain_prompts, verifier=verifier)
-    raise InputError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
+        return gsm8k(
+            data,
+            tokenizer,
+            plain_prompts=source.plain_prompts,
+            verifier=math_verifier(source),
+            instruction=source.instruction,
+        )
+    if name == "reasoning_gym":
+        return reasoning_gym(source, tokenizer)
+    if data is not None:
+        raise InputError(f"task 'arithmetic' makes its own problems and takes no data, got {data!r}")
+    return arithmetic()
 
 
 def arithmetic(*, digits: int = 3, train: int = 20_000, held_out: int = 512) -> Task:
@@ -90,14 +102,18 @@ def math_verifier(source: SourceConfig | None = None) -> RewardFunction:
     source = SourceConfig() if source is None else source
     if source.verifier_workers == 0:
         return math_answer
+    return _pool(source, math_answer_without_limit, "math_verify", "math_answer")
+
+
+def _pool(source: SourceConfig, verifier: RewardFunction, package: str, name: str) -> VerifierPool:
     return VerifierPool(
-        math_answer_without_limit,
+        verifier,
         workers=source.verifier_workers,
         timeout=source.verifier_timeout,
         memory_mb=source.verifier_memory_mb,
         strict=source.verifier_strict,
-        preload=["math_verify"],
-        name="math_answer",
+        preload=[package],
+        name=name,
     )
 
 
@@ -107,22 +123,43 @@ def gsm8k(
     *,
     plain_prompts: bool = False,
     verifier: RewardFunction | None = None,
+    instruction: str | None = None,
 ) -> Task:
     """Grade-school word problems (Cobbe et al. 2021, arXiv:2110.14168); answers checked by math-verify."""
     if data is None:
         raise InputError("task 'gsm8k' needs --data: a folder with train.jsonl and test.jsonl, or a hub id")
-    if not plain_prompts and tokenizer.chat_template is None:
-        raise InputError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, which an instruction-tuned model needs "
-            "for its prompts: use a model that has one, or pass --plain-prompts to ask in plain text"
-        )
+    render = _renderer(tokenizer, plain_prompts, BOXED, instruction)
     train, test = _load_splits(data)
     return Task(
         "gsm8k",
-        _gsm8k_rows(train, "train", tokenizer, plain_prompts),
-        _gsm8k_rows(test, "test", tokenizer, plain_prompts),
+        _gsm8k_rows(train, "train", render),
+        _gsm8k_rows(test, "test", render),
         math_verifier() if verifier is None else verifier,
         add_special_tokens=plain_prompts,
+    )
+
+
+def reasoning_gym(source: SourceConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
+    """A task of reasoning-gym, judged by its own scorer: full marks alone count, or all of them with partial_credit."""
+    verifier, metric = reasoning_gym_full_marks, "accuracy"
+    if source.partial_credit:
+        verifier, metric = reasoning_gym_answer, "score"
+    render = _renderer(tokenizer, source.plain_prompts, TAGGED, source.instruction)
+    train, held_out = (
+        [
+            {"prompt": render(entry["question"]), "answer": entry["answer"], "metadata": entry["metadata"]}
+            for entry in entries
+        ]
+        for entries in reasoning_entries(source.data, source.task_options)
+    )
+    pooled = source.verifier_workers > 0
+    return Task(
+        f"reasoning_gym: {source.data}",
+        train,
+        held_out,
+        _pool(source, verifier, "reasoning_gym", verifier.__name__) if pooled else verifier,
+        metric,
+        add_special_tokens=source.plain_prompts,
     )
 
 
@@ -145,7 +182,7 @@ def _load_splits(data: str) -> tuple[list[Row], list[Row]]:
         ) from error
 
 
-def _gsm8k_rows(split: list[Row], name: str, tokenizer: PreTrainedTokenizerBase, plain: bool) -> list[Row]:
+def _gsm8k_rows(split: list[Row], name: str, render: Callable[[str], str]) -> list[Row]:
     rows = []
     for number, row in enumerate(split, start=1):
         for column in ("question", "answer"):
@@ -159,18 +196,35 @@ def _gsm8k_rows(split: list[Row], name: str, tokenizer: PreTrainedTokenizerBase,
             raise InputError(
                 f"row {number} of {name}: 'answer' must end in '#### <number>', got {row['answer'][-40:]!r}"
             )
-        rows.append({"prompt": _rendered(row["question"], tokenizer, plain), "answer": answer})
+        rows.append({"prompt": render(row["question"]), "answer": answer})
     if not rows:
         raise InputError(f"{name} holds no rows")
     return rows
 
 
-def _rendered(question: str, tokenizer: PreTrainedTokenizerBase, plain: bool) -> str:
-    if plain:
-        return f"Question: {question}\nAnswer:"
-    instruction = f"{question}\nThink step by step, then give the final answer as \\boxed{{number}}."
-    messages = [{"role": "user", "content": instruction}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def _renderer(
+    tokenizer: PreTrainedTokenizerBase, plain: bool, default: str, instruction: str | None
+) -> Callable[[str], str]:
+    """question -> prompt: through the chat template with the instruction (`default` if None), or plain.
+
+    Raises:
+        InputError: there is no chat template.
+    """
+    if not plain and tokenizer.chat_template is None:
+        raise InputError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, which an instruction-tuned model needs "
+            "for its prompts: use a model that has one, or pass --plain-prompts to ask in plain text"
+        )
+
+    def render(question: str) -> str:
+        if plain:
+            asked = question if instruction is None else f"{question}\n{instruction}"
+            return f"Question: {asked}\nAnswer:"
+        text = f"{question}\n{default if instruction is None else instruction}".rstrip()
+        messages = [{"role": "user", "content": text}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    return render
 
 
 def tokenize_prompts(

@@ -18,11 +18,12 @@ from rlhf.lm.config import TrainerConfig
 from rlhf.lm.dynamic_sampling import Batch
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
 from rlhf.lm.generation import Engine, build_engine
-from rlhf.lm.lora import load_trained_state, merged, save_adapter, trained_state
+from rlhf.lm.hub import check_hub, push
+from rlhf.lm.lora import bare, load_trained_state, merged, save_adapter, trained_state
 from rlhf.lm.memory_plan import plan_run, show_plan, write_plan
-from rlhf.lm.models import assemble_roles, end_token_ids, load_actor
+from rlhf.lm.models import assemble_roles, end_token_ids, load_actor, placed
 from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_rows, verifier_counts
-from rlhf.lm.rewards import RewardFunction, RewardModel
+from rlhf.lm.rewards import RewardFunction, RewardModel, on_trunk, whole_models
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
 from rlhf.lm.tasks import Task
 from rlhf.lm.update import Learner, hold_back, update
@@ -80,12 +81,15 @@ class Trainer:
     ) -> None:
         run = config.run
         check_tracker(run.log_with)
+        check_hub(run.push_to_hub)
         accelerator = default_accelerator(config) if accelerator is None else accelerator
         self.config, self.tokenizer, self.accelerator, self.task = config, tokenizer, accelerator, task
         self.reward_functions = [task.verifier] if reward_functions is None else list(reward_functions)
         self.reward_weights = reward_weights
         check_processes(config, accelerator)
-        check_rewards(self.reward_functions, reward_weights, task, tokenizer)
+        scorers = on_trunk((*self.reward_functions, task.verifier))
+        if not scorers:
+            check_rewards(self.reward_functions, reward_weights, task, tokenizer)
         for function in self.reward_functions:
             if isinstance(function, RewardModel):
                 function.model.to(accelerator.device)
@@ -98,6 +102,10 @@ class Trainer:
         else:
             check_creatable(run.run_dir)
         self._build_models(make_actor, make_engine)
+        for scorer in scorers:
+            scorer.attach(self.roles.actor)
+        if scorers:  # they could not be asked before
+            check_rewards(self.reward_functions, reward_weights, task, tokenizer)
         self.step, self.tokens, self.draws, self.kl_coef = 0, 0, 0, config.algorithm.kl_reward_coef
         self.moments = Moments()
         self.first_evaluation: dict[str, float] | None = None
@@ -124,9 +132,9 @@ class Trainer:
             config,
             accelerator,
             longest_prompt=max(len(ids) for x in (self.train_prompts, self.held_out_prompts) for ids in x.token_ids),
-            reward_models=[x.model for x in self.reward_functions if isinstance(x, RewardModel)],
+            reward_models=whole_models(self.reward_functions),
         )
-        actor = actor.to(accelerator.device)
+        actor = placed(actor, accelerator.device)
         if accelerator.num_processes > 1:  # before critic and reference are made from it
             broadcast([tensor.data for tensor in (*actor.parameters(), *actor.buffers())])
         set_seed(config.run.seed)  # for what draws from global generators: new layers, users' reward functions
@@ -181,7 +189,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             RunFolder.create(self.folder.path, self.config.as_dict())
             if self.config.run.checkpoint_every > 0:
-                self._save_actor(self.folder.path / INITIAL)
+                self._save_actor(self.folder.path / INITIAL, trunk_alone=True)
         if self.config.run.checkpoint_every > 0:
             self.save_checkpoint()
         self.accelerator.wait_for_everyone()
@@ -374,8 +382,10 @@ class Trainer:
                 truncate_after(path, self.step if self.step > 0 else -1)  # step 0 starts with its evaluation again
         self.accelerator.wait_for_everyone()
 
-    def _save_actor(self, path: Path) -> None:
-        merged(self.roles.actor).save_pretrained(path)
+    def _save_actor(self, path: Path, *, trunk_alone: bool = False) -> None:
+        """`trunk_alone`: without adapters and as it was loaded, quantised or not."""
+        actor = self.roles.actor
+        (bare(actor) if trunk_alone else merged(actor)).save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
     def _finish(self, last: dict[str, float]) -> dict[str, float]:
@@ -400,6 +410,7 @@ class Trainer:
                 f"model in {self.folder.final}, metrics in {self.folder.metrics}, samples in {self.folder.samples}, "
                 f"plots in {self.folder.plots}"
             )
+            push(self.folder.final, self.config.run.push_to_hub)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return summary

@@ -101,16 +101,35 @@ def reasoning_gym_answer(
     """The score in [0, 1] that the task of reasoning-gym gives to its answer.
 
     Rows are its entries: "answer" and "metadata", whose "source_dataset" names the task. The completion's answer is
-    what the last <answer>...</answer> holds; without one it is the whole completion, stripped.
+    what the last <answer>...</answer> holds, or the last \\boxed{...}; without one it is the last number where the
+    right answer is one, else the whole completion, stripped.
     """
     scores = []
     for number, completion in enumerate(completions):
         others = {key: values[number] for key, values in columns.items()}
         entry = {**others, "answer": answer[number], "metadata": metadata[number]}
-        tagged = re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL)
-        text = (tagged[-1] if tagged else completion).strip()
+        text = _reasoning_gym_text(completion, answer[number])
         scores.append(as_score(_reasoning_gym_scorer(metadata[number]["source_dataset"])(text, entry)))
     return scores
+
+
+def _reasoning_gym_text(completion: str, right: Any) -> str:
+    for marked in (r"<answer>(.*?)</answer>", r"\\boxed\{([^{}]*)\}"):
+        found = re.findall(marked, completion, re.DOTALL)
+        if found:
+            return str(found[-1]).strip()
+    if _NUMBER.fullmatch(str(right)):
+        found = [match[0] for match in _NUMBER.finditer(completion[-_LONGEST_ANSWER:]) if match[0]]
+        return found[-1] if found else ""
+    return completion.strip()
+
+
+def reasoning_gym_full_marks(
+    prompts: list[str], completions: list[str], answer: list[Any], metadata: list[dict[str, Any]], **columns: Any
+) -> list[float]:
+    """1.0 where `reasoning_gym_answer` is 1, else 0.0: many tasks give part of it to what holds the answer."""
+    scores = reasoning_gym_answer(prompts, completions, answer, metadata, **columns)
+    return [float(score >= 1.0) for score in scores]
 
 
 @cache

@@ -326,8 +326,10 @@ def probe(model: nn.Module, token_ids: Tensor) -> list[LayerShape]:
         ).logits
     difference = torch.cat([first, last], 1).double().softmax(-1) - expected.double().softmax(-1)
     distance = float(difference.abs().sum(-1).max()) / 2
-    exact = all(shape.dtype.itemsize >= 4 for shape in attention.shapes())
-    if not distance < (0.01 if exact else 0.2):  # NaN too
+    # bitsandbytes' layers of 8 bits round what they are given. Rounding alone made 0.21 of a trained bfloat16 model.
+    is_rounded = any(type(module).__name__ == "Linear8bitLt" for module in model.modules())
+    exact = all(shape.dtype.itemsize >= 4 for shape in attention.shapes()) and not is_rounded
+    if not distance < (0.01 if exact else 0.5):  # NaN too
         raise InputError(
             f"{name}'s predictions through the slot engine's attention differ from its own (total variation "
             f"{distance:.3f}): it does more than the causal attention, windows and caps that the engine knows; {REMEDY}"
