@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import tiny_model
+from tiny import exact_norms, tiny_model
 
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.lm import logprobs
 from rlhf.lm.config import OptimizationConfig, SamplingConfig, TrainerConfig
-from rlhf.lm.experience import Experience, Sequences, build_experience, predict
+from rlhf.lm.experience import Experience, Sequences, build_experience, plan_micro_batches, predict
 from rlhf.lm.models import Roles, assemble_roles
 from rlhf.lm.update import Learner, my_micro_batches, optimizer_step, surrogate_objective, update
 from rlhf.reduce import count
@@ -54,20 +54,22 @@ def make_roles(algorithm: AlgorithmConfig) -> Roles:
     return roles
 
 
-def make_sequences() -> Sequences:
-    """12 sequences: prompts of 1 to 4 tokens, completions of 1 to 6."""
+def make_sequences(samples: int = 1) -> Sequences:
+    """12 sequences: prompts of 1 to 4 tokens, each for so many sequences in a row, completions of 1 to 6."""
     generator = torch.Generator().manual_seed(3)
     prompt, completion = 4, 6
     ids = torch.randint(2, 15, (12, prompt + completion), generator=generator)
     starts = torch.randint(0, prompt, (12, 1), generator=generator)
+    of_prompt = torch.arange(12) // samples * samples
+    starts, ids[:, :prompt] = starts[of_prompt], ids[of_prompt, :prompt]
     lengths = torch.randint(1, completion + 1, (12, 1), generator=generator)
     action_mask = torch.arange(completion) < lengths
     return Sequences(ids, torch.cat([torch.arange(prompt) >= starts, action_mask], -1), action_mask)
 
 
-def make_experience(roles: Roles, config: TrainerConfig) -> Experience:
+def make_experience(roles: Roles, config: TrainerConfig, samples: int = 1) -> Experience:
     """Experience of a policy a little different from the actor, so that ratios are not 1 and some are clipped."""
-    sequences = make_sequences()
+    sequences = make_sequences(samples)
     found = predict(roles, sequences, temperature=0.8, micro_batch_tokens=50, autocast=Accelerator().autocast)
     generator = torch.Generator().manual_seed(4)
     noise = 0.2 * torch.randn(found.log_probs.shape, generator=generator, dtype=torch.float64)
@@ -90,14 +92,16 @@ def gradients(roles: Roles) -> dict[str, torch.Tensor]:
     }
 
 
-def accumulated(roles: Roles, experience: Experience, config: TrainerConfig, parts: list[torch.Tensor]) -> dict:
+def accumulated(
+    roles: Roles, experience: Experience, config: TrainerConfig, parts: list[torch.Tensor], layout: str | None = None
+) -> dict:
     """Gradient summed over the parts, divided by the whole's denominator."""
     for group in roles.parameter_groups():
         for parameter in group:
             parameter.grad = None
     denominator = count(experience.sequences.action_mask, how=config.algorithm.reduction)
     for part in parts:
-        loss, _ = surrogate_objective(roles, experience[part], config, denominator)
+        loss, _ = surrogate_objective(roles, experience[part], config, denominator, layout=layout)
         loss.backward()
     return gradients(roles)
 
@@ -145,7 +149,7 @@ def test_processes_share_an_optimizer_step_evenly(processes: int, kind: str, mon
     lengths, shares = experience.sequences.lengths, []
     for process in range(processes):
         accelerator = SimpleNamespace(process_index=process, num_processes=processes, autocast=nullcontext)
-        parts = my_micro_batches(roles, experience, rows, config, accelerator)
+        parts, _ = my_micro_batches(roles, experience, rows, config, accelerator)
         costs = [lengths[p].sum() if kind == "packed" else len(p) * lengths[p].max() for p in parts]
         assert max(costs) <= 20
         shares.append(torch.cat(parts))
@@ -165,6 +169,49 @@ def test_predictions_stand_where_their_sequences_do(tokens: int) -> None:
         for x, y in zip(found, alone, strict=True):
             torch.testing.assert_close(x[row, : y.shape[1]], y[0], rtol=0, atol=1e-10)
             assert x[row, y.shape[1] :].eq(0).all()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("tokens", [14, 25, 10_000])
+def test_shared_prompts_have_the_gradient_of_prompts_computed_for_each_sample(name: str, tokens: int) -> None:
+    """Through every role's forward, whatever the budget cuts."""
+    shared = config_for(ALGORITHMS[name], tokens)
+    unshared = dataclasses.replace(shared, optimization=dataclasses.replace(shared.optimization, share_prompts=False))
+    roles, found = make_roles(shared.algorithm), {}
+    experience = make_experience(roles, unshared, samples=4)
+    for config in (shared, unshared):
+        parts, layout = my_micro_batches(roles, experience, torch.arange(12), config, Accelerator())
+        with exact_norms():
+            found[layout] = accumulated(roles, experience, config, parts, layout)
+    assert found.keys() == {"shared", None}
+    assert max(g.abs().max() for g in found[None].values()) > 1e-3
+    for key, gradient in found[None].items():
+        torch.testing.assert_close(found["shared"][key], gradient, rtol=0, atol=1e-10, msg=key)
+
+
+def test_shared_prompts_have_the_predictions_of_prompts_computed_for_each_sample() -> None:
+    roles, sequences = make_roles(ALGORITHMS["ppo"]), make_sequences(samples=4)
+    found = [
+        predict(roles, sequences, temperature=0.8, micro_batch_tokens=30, autocast=nullcontext, share_prompts=share)
+        for share in (True, False)
+    ]
+    assert plan_micro_batches(roles, sequences, tokens=30, share=True, autocast=nullcontext).layout == "shared"
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+
+
+def test_prompts_are_shared_where_that_saves_a_tenth() -> None:
+    roles = make_roles(ALGORITHMS["ppo"])
+
+    def layout(sequences: Sequences, tokens: int = 1000) -> str | None:
+        return plan_micro_batches(roles, sequences, tokens=tokens, share=True, autocast=nullcontext).layout
+
+    assert layout(make_sequences(samples=4)) == "shared"
+    assert layout(make_sequences(samples=4), tokens=10) is None, "the budget leaves no two completions together"
+    assert layout(make_sequences(samples=1)) is None
+    ids, mask = torch.arange(2, 14).remainder(13).expand(2, 12), torch.ones(2, 12, dtype=torch.bool)
+    assert layout(Sequences(ids, mask, mask[:, 2:])) is None, "2 of 24 tokens"
+    assert layout(Sequences(ids, mask, mask[:, 3:])) == "shared", "3 of 24"
 
 
 def test_clipping_and_a_changed_policy_are_part_of_the_split_test() -> None:
@@ -209,19 +256,21 @@ def run_update(algorithm: AlgorithmConfig, micro_batch_tokens: int) -> dict[str,
     accelerator = Accelerator()
     config = config_for(algorithm, micro_batch_tokens)
     roles = make_roles(algorithm)
-    experience = make_experience(roles, config)
+    experience = make_experience(roles, config, samples=3)
+    assert my_micro_batches(roles, experience, torch.arange(12), config, accelerator).layout == "shared"
     groups = roles.parameter_groups()
     optimizer = accelerator.prepare_optimizer(torch.optim.SGD([{"params": g} for g in groups], lr=0.1))
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer.optimizer, factor=1.0)
     learner = Learner(roles, optimizer, scheduler)
-    first = optimizer_step_gradients(learner, experience, config, accelerator)
-    metrics = update(
-        learner,
-        experience,
-        config,
-        accelerator,
-        minibatch_order=lambda epoch: torch.randperm(12, generator=torch.Generator().manual_seed(epoch)),
-    )
+    with exact_norms():
+        first = optimizer_step_gradients(learner, experience, config, accelerator)
+        metrics = update(
+            learner,
+            experience,
+            config,
+            accelerator,
+            minibatch_order=lambda epoch: torch.randperm(12, generator=torch.Generator().manual_seed(epoch)),
+        )
     weights = {f"weight.{i}": p.detach().clone() for i, p in enumerate(p for group in groups for p in group)}
     return {**first, **metrics, **weights}
 

@@ -100,8 +100,11 @@ class OptimizationConfig:
     minibatches: int = 2
     """Optimizer steps per pass."""
     micro_batch_tokens: int | None = None
-    """Tokens (prompt, completion and padding) per forward and backward on each process, but at least one sequence:
-    bounds memory, changes no gradient. None: 1,024 on a CPU, 8,192 on a GPU."""
+    """Tokens (prompt, completion and padding; a shared prompt's once) per forward and backward on each process, but at
+    least one sequence: bounds memory, changes no gradient. None: 1,024 on a CPU, 8,192 on a GPU."""
+    share_prompts: bool = True
+    """Compute a prompt once for those of its completions that are in one micro-batch, where that saves a tenth of the
+    tokens or more and the model's attention allows it: the same results to rounding. False: once for each."""
     learning_rate: float = 1e-6
     """Peak learning rate (AdamW)."""
     critic_learning_rate: float | None = None

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from rlhf.algorithm import AlgorithmConfig, estimate_advantages
 from rlhf.kl import kl_estimate
-from rlhf.lm.batching import micro_batches
-from rlhf.lm.logprobs import packs, policy_output
+from rlhf.lm.batching import SHARING_PAYS, LayoutKind, Prompts, micro_batches, shared_tokens
+from rlhf.lm.logprobs import can_share_prompts, output_head, packs, policy_output
 from rlhf.lm.models import Roles
+from rlhf.lm.shared_prompts import prompt_groups
 from rlhf.masking import fill_masked, masked_mean, masked_sum
 from rlhf.rewards import rewards_at_last_action
 
@@ -46,6 +47,12 @@ class Sequences:
     def lengths(self) -> Tensor:
         """[B] int64: tokens of prompt and completion."""
         return self.attention_mask.sum(-1)
+
+    def prompts(self) -> Prompts:
+        """With which prompt each begins."""
+        columns = self.action_mask.shape[1]
+        groups = prompt_groups(self.sequence_ids, self.attention_mask, columns)
+        return Prompts(groups, self.attention_mask[:, :-columns].sum(-1))
 
     def to(self, device: torch.device) -> "Sequences":
         return Sequences(self.sequence_ids.to(device), self.attention_mask.to(device), self.action_mask.to(device))
@@ -96,29 +103,78 @@ class Experience:
         return len(self.sequences)
 
 
-@torch.no_grad()
-def predict(
-    roles: Roles, sequences: Sequences, *, temperature: float, micro_batch_tokens: int | None, autocast: Autocast
-) -> Predictions:
-    """One pass of each role over the sequences, some at a time: see `micro_batches`."""
-    shape = sequences.action_mask.shape
-    columns: list[list[Tensor]] = [[], [], [], []]
+class Plan(NamedTuple):
+    """Micro-batches, the same for all roles, and how their tokens lie; None: as each model likes best."""
+
+    parts: list[Tensor]  # [b] int64 rows each
+    layout: LayoutKind | None
+
+
+def plan_micro_batches(
+    roles: Roles, sequences: Sequences, *, tokens: int | None, share: bool, autocast: Autocast
+) -> Plan:
+    """Cut sequences by a budget of tokens; see `micro_batches`.
+
+    Args:
+        share: compute each prompt once for its completions in a micro-batch, where `prompts_to_share` finds it worth it
+            and the budget leaves enough of them together.
+    """
+    lengths, prompts = sequences.lengths, prompts_to_share(roles, sequences, autocast) if share else None
+    if prompts is not None:
+        parts = micro_batches(lengths, tokens=tokens, packed=True, prompts=prompts)
+        if shared_tokens(prompts, parts) >= SHARING_PAYS * int(lengths.sum()):
+            return Plan(parts, "shared")
     with autocast():
         packed = packs(roles.actor)
-    parts = micro_batches(sequences.lengths, tokens=micro_batch_tokens, packed=packed)
+    return Plan(micro_batches(lengths, tokens=tokens, packed=packed), None)
+
+
+def prompts_to_share(roles: Roles, sequences: Sequences, autocast: Autocast) -> Prompts | None:
+    """The prompts, if enough of their tokens could be shared and every role's model can do it."""
+    if not len(sequences):
+        return None
+    prompts = sequences.prompts()
+    if shared_tokens(prompts, [torch.arange(len(sequences))]) < SHARING_PAYS * int(sequences.lengths.sum()):
+        return None
+    with autocast():
+        can_share = all(can_share_prompts(trunk) for trunk in roles.trunks())
+        return prompts if can_share and output_head(roles.actor) is not None else None
+
+
+@torch.no_grad()
+def predict(
+    roles: Roles,
+    sequences: Sequences,
+    *,
+    temperature: float,
+    micro_batch_tokens: int | None,
+    autocast: Autocast,
+    share_prompts: bool = True,
+) -> Predictions:
+    """One pass of each role over the sequences, some at a time: see `plan_micro_batches`."""
+    shape = sequences.action_mask.shape
+    columns: list[list[Tensor]] = [[], [], [], []]
+    parts, layout = plan_micro_batches(
+        roles, sequences, tokens=micro_batch_tokens, share=share_prompts, autocast=autocast
+    )
     for rows in parts:
         part = sequences[rows]
         args = (part.sequence_ids, part.attention_mask, part.action_mask)
         with autocast():
             policy = policy_output(
-                roles.actor, *args, temperature=temperature, with_entropy=True, with_hidden=roles.critic_reads_actor
+                roles.actor,
+                *args,
+                temperature=temperature,
+                with_entropy=True,
+                with_hidden=roles.critic_reads_actor,
+                layout=layout,
             )
             found = [policy.log_probs, policy.entropy, None, None]
             if roles.reference is not None:
                 with roles.as_reference():
-                    found[2] = policy_output(roles.reference, *args, temperature=temperature).log_probs
+                    found[2] = policy_output(roles.reference, *args, temperature=temperature, layout=layout).log_probs
             if roles.critic is not None:
-                found[3] = roles.critic(*args, policy.hidden)
+                found[3] = roles.critic(*args, policy.hidden, layout=layout)
         for column, x in zip(columns, found, strict=True):
             if x is not None:
                 column.append(torch.nn.functional.pad(x, (0, shape[1] - x.shape[1])))

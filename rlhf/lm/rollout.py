@@ -143,6 +143,7 @@ def collect(
         temperature=sampler.sampling.temperature,
         micro_batch_tokens=optimization.micro_batch_tokens,
         autocast=accelerator.autocast,
+        share_prompts=optimization.share_prompts,
     )
     reported = batch.untruncated_log_probs[mine, : local.action_mask.shape[1]]
     gap = (predictions.log_probs - reported).abs().float()

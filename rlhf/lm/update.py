@@ -18,10 +18,10 @@ from rlhf import losses
 from rlhf.algorithm import AlgorithmConfig, kl_to_reference, policy_loss
 from rlhf.checks import InputError
 from rlhf.kl import kl_estimate
-from rlhf.lm.batching import micro_batches
+from rlhf.lm.batching import LayoutKind, deal
 from rlhf.lm.config import TrainerConfig
-from rlhf.lm.experience import Experience
-from rlhf.lm.logprobs import packs, policy_output
+from rlhf.lm.experience import Experience, Plan, plan_micro_batches, prompts_to_share
+from rlhf.lm.logprobs import policy_output
 from rlhf.lm.models import Roles
 from rlhf.masking import masked_sum
 from rlhf.reduce import count, reduce
@@ -90,9 +90,10 @@ def optimizer_step(
     mask = experience.sequences.action_mask[rows]
     denominator = count(mask, how=algorithm.reduction) + algorithm.numbers.count_epsilon
     sums: dict[str, Tensor] = {}
-    for part in my_micro_batches(learner.roles, experience, rows, config, accelerator):
+    parts, layout = my_micro_batches(learner.roles, experience, rows, config, accelerator)
+    for part in parts:
         with accelerator.autocast():
-            loss, terms = surrogate_objective(learner.roles, experience[part], config, denominator)
+            loss, terms = surrogate_objective(learner.roles, experience[part], config, denominator, layout=layout)
         accelerator.backward(loss)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
@@ -113,24 +114,30 @@ def optimizer_step(
 
 def my_micro_batches(
     roles: Roles, experience: Experience, rows: Tensor, config: TrainerConfig, accelerator: Accelerator
-) -> list[Tensor]:
-    """This process's share of the rows, every n-th by length so that all have the same to do, cut by a token budget."""
-    lengths = experience.sequences.lengths[rows]
-    share = lengths.argsort(descending=True, stable=True)[accelerator.process_index :: accelerator.num_processes]
-    with accelerator.autocast():
-        packed = packs(roles.actor)
-    parts = micro_batches(lengths[share], tokens=config.optimization.micro_batch_tokens, packed=packed)
-    return [rows[share[part]] for part in parts]
+) -> Plan:
+    """This process's share of the rows, all processes having about the same to do, cut by a token budget."""
+    sequences, optimization, autocast = experience.sequences[rows], config.optimization, accelerator.autocast
+    prompts = prompts_to_share(roles, sequences, autocast) if optimization.share_prompts else None
+    share = deal(sequences.lengths, prompts, accelerator.num_processes)[accelerator.process_index]
+    parts, layout = plan_micro_batches(
+        roles,
+        sequences[share],
+        tokens=optimization.micro_batch_tokens,
+        share=prompts is not None,
+        autocast=autocast,
+    )
+    return Plan([rows[share[part]] for part in parts], layout)
 
 
 def surrogate_objective(
-    roles: Roles, part: Experience, config: TrainerConfig, denominator: Tensor
+    roles: Roles, part: Experience, config: TrainerConfig, denominator: Tensor, *, layout: LayoutKind | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The scalar to minimise on a micro-batch: policy loss - entropy bonus + KL + value loss.
 
     Args:
         part: b sequences, [b, T] each.
         denominator: [] `reduce.count` over the whole optimizer step; the micro-batches' results add up.
+        layout: how the tokens lie in each role's forward; None: as its model likes best.
     Returns:
         ([] loss in reward units, its terms and diagnostics [] by metric name).
     """
@@ -148,6 +155,7 @@ def surrogate_objective(
         temperature=temperature,
         with_entropy=algorithm.entropy_coef > 0,
         with_hidden=roles.critic_reads_actor,
+        layout=layout,
     )
     surrogate = policy_loss(
         algorithm,
@@ -173,7 +181,7 @@ def surrogate_objective(
         terms["kl/loss"] = kl
     if roles.critic is not None:
         assert part.returns is not None
-        values = roles.critic(*args, policy.hidden)
+        values = roles.critic(*args, policy.hidden, layout=layout)
         value = losses.value_loss(
             values, part.returns, mask, old_values=part.old_values, value_clip=algorithm.value_clip
         )
