@@ -113,6 +113,7 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "epochs": COUNT,
         "minibatches": COUNT,
         "micro_batch_tokens": COUNT,
+        "share_prompts": FREE,
         "learning_rate": NON_NEGATIVE,
         "critic_learning_rate": ([None, 0.0, 1.0], [-1e-9, math.nan, math.inf]),
         "lr_schedule": (["constant", "linear", "cosine"], ["step"]),
@@ -292,3 +293,21 @@ def test_prompts_are_shuffled_anew_each_time_and_by_seed() -> None:
     assert len(orders) == 9
     firsts = Counter(prompt_indices(4, step=0, count=1, seed=seed)[0] for seed in range(2000))
     assert all(abs(firsts[i] - 500) < 5 * (2000 * 0.25 * 0.75) ** 0.5 for i in range(4))
+
+
+@pytest.mark.parametrize(
+    ("optimization", "algorithm", "needed"),
+    [
+        ({}, {}, False),
+        ({"epochs": 2}, {}, True),
+        ({"minibatches": 2}, {}, True),
+        ({}, {"kl_reward_coef": 0.1}, True),
+        ({}, {"kl_loss_coef": 0.1}, False),
+        ({}, {"critic": "shared"}, True),
+        ({}, {"train_on_truncated": False}, True),
+        ({}, {"sampler_weight": "token"}, False),
+    ],
+)
+def test_who_needs_old_log_probs(optimization: dict[str, Any], algorithm: dict[str, Any], needed: bool) -> None:
+    on_policy = OptimizationConfig(**{"epochs": 1, "minibatches": 1} | optimization)
+    assert TrainerConfig(optimization=on_policy, algorithm=AlgorithmConfig(**algorithm)).needs_old_log_probs == needed

@@ -23,8 +23,10 @@ from transformers import (
 
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
+from rlhf.lm import experience, update
 from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.embedded import build_tokenizer
+from rlhf.lm.logprobs import policy_output
 from rlhf.lm.models import assemble_roles
 from rlhf.lm.rewards import RewardModel, exact_answer
 from rlhf.lm.tasks import Task, arithmetic
@@ -285,6 +287,43 @@ def test_resuming_with_other_options_names_them(tmp_path: Path) -> None:
     changed = make_config(tmp_path / "run", run={"resume": True}, algorithm={"gamma": 0.9})
     with pytest.raises(InputError, match=r"gamma was 1\.0, is now 0\.9"):
         make_trainer(changed, make_actor=never_called)
+
+
+@pytest.mark.parametrize("critic", [True, False])
+def test_a_round_that_is_one_step_needs_no_forward_before_it(
+    critic: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The actor passes over completions once a step, in the update; metrics are those of a run with another before."""
+    algorithm = {"kl_reward_coef": 0.0, "kl_target": None, "kl_loss_coef": 0.1}
+    algorithm |= {} if critic else {"advantage": "group", "critic": "none"}
+    optimization = {"steps": 2, "epochs": 1, "minibatches": 1, "micro_batch_tokens": 10_000}
+    passes: list[tuple[int, bool]] = []
+    rows = []
+    for forced in (True, False):
+        run = tmp_path / str(forced)
+        config = make_config(run, algorithm=algorithm, optimization=optimization, run={"run_dir": run})
+        assert not config.needs_old_log_probs
+        with monkeypatch.context() as patch:
+            if forced:
+                patch.setattr(TrainerConfig, "needs_old_log_probs", True)
+            trainer = make_trainer(config)
+            actor = trainer.roles.actor
+
+            def counted(model: PreTrainedModel, *args: Any, actor: Any = actor, **options: Any) -> Any:
+                if model is actor:
+                    passes.append((len(rows), torch.is_grad_enabled()))
+                return policy_output(model, *args, **options)
+
+            patch.setattr(experience, "policy_output", counted)
+            patch.setattr(update, "policy_output", counted)
+            trainer.train()
+        rows.append(files_of(run)[0])
+    assert passes == [(0, False), (0, True)] * 2 + [(1, True)] * 2
+    assert len(rows[0]) == len(rows[1]) == 3
+    for expected, found in zip(*rows, strict=True):
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
 
 def test_resuming_what_never_ran_or_has_no_checkpoint_is_an_error(tmp_path: Path) -> None:

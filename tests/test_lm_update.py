@@ -16,9 +16,16 @@ from tiny import exact_norms, tiny_model
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.lm import logprobs
 from rlhf.lm.config import OptimizationConfig, SamplingConfig, TrainerConfig
-from rlhf.lm.experience import Experience, Sequences, build_experience, plan_micro_batches, predict
+from rlhf.lm.experience import (
+    Experience,
+    Predictions,
+    Sequences,
+    build_experience,
+    plan_micro_batches,
+    predict,
+)
 from rlhf.lm.models import Roles, assemble_roles
-from rlhf.lm.update import Learner, my_micro_batches, optimizer_step, surrogate_objective, update
+from rlhf.lm.update import ActorRecord, Learner, my_micro_batches, optimizer_step, surrogate_objective, update
 from rlhf.reduce import count
 
 ALGORITHMS = {
@@ -214,6 +221,84 @@ def test_prompts_are_shared_where_that_saves_a_tenth() -> None:
     assert layout(Sequences(ids, mask, mask[:, 3:])) == "shared", "3 of 24"
 
 
+ON_POLICY = {
+    "ppo": AlgorithmConfig(entropy_coef=0.01),
+    "grpo": AlgorithmConfig(advantage="group", critic="none", kl_loss_coef=0.1, reduction="sequence_mean"),
+    "gspo": AlgorithmConfig(advantage="group", critic="none", policy_loss="gspo"),
+    "cispo": AlgorithmConfig(advantage="group", critic="none", policy_loss="cispo", clip_low=None),
+    "sapo": AlgorithmConfig(advantage="group", critic="none", policy_loss="sapo"),
+    "reinforce": AlgorithmConfig(advantage="leave_one_out", critic="none", policy_loss="reinforce"),
+    "importance": AlgorithmConfig(
+        advantage="group", critic="none", policy_loss="importance", sampler_weight="sequence_mean"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_POLICY)
+@pytest.mark.parametrize("tokens", [30, 10_000])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_one_step_on_its_own_log_probs_is_the_step_on_predicted_ones_bit_for_bit(
+    name: str, tokens: int, samples: int
+) -> None:
+    """Weights, metrics and what is recorded for the round's metrics; with prompts shared and without."""
+    base, found = config_for(ON_POLICY[name], tokens), []
+    config = dataclasses.replace(base, optimization=dataclasses.replace(base.optimization, epochs=1, minibatches=1))
+    assert not config.needs_old_log_probs
+    noise = 0.1 * torch.randn(12, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for with_actor in (True, False):
+        roles, sequences = make_roles(config.algorithm), make_sequences(samples)
+        options = {"temperature": 0.8, "micro_batch_tokens": tokens, "autocast": nullcontext}
+        everything = predict(roles, sequences, **options)
+        predictions = predict(roles, sequences, **options, with_actor=with_actor)
+        experience = build_experience(
+            sequences, torch.arange(12, dtype=torch.float64) % 5, torch.arange(12) // 3, predictions, config.algorithm,
+            kl_reward_coef=0.0, sampler_log_probs=everything.log_probs + noise,
+        )  # fmt: skip
+        groups = roles.parameter_groups()
+        optimizer = torch.optim.SGD([{"params": g} for g in groups], lr=0.1)
+        learner = Learner(roles, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0))
+        record = ActorRecord(experience)
+        order, accelerator = torch.arange(12), Accelerator()
+        metrics = update(learner, experience, config, accelerator, minibatch_order=lambda _, x=order: x, record=record)
+        recorded = record.complete(predictions, accelerator)
+        assert torch.equal(recorded.log_probs, everything.log_probs)
+        assert torch.equal(recorded.entropy, everything.entropy)
+        found.append((metrics, [p for group in groups for p in group]))
+    assert metrics["ratio/clip_fraction"] == metrics["ratio/approx_kl"] == 0
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(x, y) for x, y in zip(found[0][1], found[1][1], strict=True))
+    untrained = make_roles(config.algorithm).parameter_groups()
+    assert not torch.equal(found[0][1][0], untrained[0][0])
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "dr. grpo"])
+def test_without_the_actor_each_role_passes_over_a_micro_batch_once(name: str) -> None:
+    roles, sequences = make_roles(ALGORITHMS[name]), make_sequences()
+    options = {"temperature": 0.8, "micro_batch_tokens": 40, "autocast": nullcontext}
+    whole = predict(roles, sequences, **options)
+    trunks = {
+        "actor": roles.actor.model,
+        "reference": None if roles.reference is None else roles.reference.model,
+        "critic": None if roles.critic is None else roles.critic.trunk.model,
+    }
+    shapes: dict[str, list[torch.Size]] = {role: [] for role in trunks}
+    for role, trunk in trunks.items():
+        if trunk is not None:
+            trunk.register_forward_hook(lambda _, args, out, role=role: shapes[role].append(out[0].shape))
+    found = predict(roles, sequences, **options, with_actor=False)
+    assert shapes["actor"] == []
+    assert found.log_probs is None
+    assert found.entropy is None
+    parts = len(plan_micro_batches(roles, sequences, tokens=40, share=True, autocast=nullcontext).parts)
+    assert parts > 1
+    for role, x, y in (
+        ("reference", found.ref_log_probs, whole.ref_log_probs), ("critic", found.values, whole.values)
+    ):  # fmt: skip
+        assert len(shapes[role]) == (0 if trunks[role] is None else parts)
+        assert (x is None and y is None) or torch.equal(x, y)
+    assert not shapes["critic"] or shapes["critic"] == shapes["reference"], "the same micro-batches, laid out alike"
+
+
 def test_clipping_and_a_changed_policy_are_part_of_the_split_test() -> None:
     config = config_for(ALGORITHMS["ppo"])
     roles = make_roles(config.algorithm)
@@ -281,9 +366,11 @@ def optimizer_step_gradients(learner: Learner, experience: Experience, config: T
     handle = learner.optimizer.optimizer.register_step_pre_hook(
         lambda *_: caught.update({f"gradient.{k}": g for k, g in gradients(learner.roles).items()})
     )
-    optimizer_step(learner, experience, torch.arange(11), config, accelerator)
+    record = ActorRecord(experience)
+    optimizer_step(learner, experience, torch.arange(11), config, accelerator, record)
     handle.remove()
-    return caught
+    found = record.complete(Predictions(None, None, None, None), accelerator)
+    return caught | {"log_probs": found.log_probs, "entropy": found.entropy}
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])

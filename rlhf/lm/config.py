@@ -232,6 +232,19 @@ class TrainerConfig:
         if self.algorithm.kl_target is not None:
             check_range("kl_horizon", self.algorithm.kl_horizon, low=self.optimization.sequences_per_step)
 
+    @property
+    def needs_old_log_probs(self) -> bool:
+        """Whether the actor has to pass over the completions before the update. (The one place where this is decided.)
+
+        Where a round is one optimizer step, the actor has not moved when the step's own forward sees the completions:
+        `old_log_probs` are its log-probs, detached, the ratio is 1, and entropy, KL and the gap to the sampler are
+        reported from it. The forward of its own stays where something needs it earlier: KL in the reward, a critic that
+        reads the actor's states; or where the update leaves completions out that those metrics are about.
+        """
+        one_step = self.optimization.epochs == 1 and self.optimization.minibatches == 1
+        early = self.algorithm.kl_reward_coef > 0 or self.algorithm.critic == "shared"
+        return not one_step or early or not self.algorithm.train_on_truncated
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, for config.json; `resume` is how a run was continued, not what it is, and left out."""
         config = asdict(self)

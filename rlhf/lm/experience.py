@@ -59,10 +59,11 @@ class Sequences:
 
 
 class Predictions(NamedTuple):
-    """What the roles say of the completions before any update, [B, T] float32 each, 0 in masked slots."""
+    """What the roles say of the completions before any update, [B, T] float32 each, 0 in masked slots. The actor's are
+    None until the update where nobody needs them before (`TrainerConfig.needs_old_log_probs`)."""
 
-    log_probs: Tensor
-    entropy: Tensor
+    log_probs: Tensor | None
+    entropy: Tensor | None
     ref_log_probs: Tensor | None
     values: Tensor | None
 
@@ -76,7 +77,7 @@ class Experience:
     rewards: Tensor  # per-token reward: what is given per token minus the KL penalty, the score on the last action
     # Under the weights that made it, as the rollout engine says and as the actor does
     sampler_log_probs: Tensor | None
-    old_log_probs: Tensor
+    old_log_probs: Tensor | None  # None: those of the update's own forward
     ref_log_probs: Tensor | None
     old_values: Tensor | None
     # What the update aims at
@@ -150,8 +151,15 @@ def predict(
     micro_batch_tokens: int | None,
     autocast: Autocast,
     share_prompts: bool = True,
+    with_actor: bool = True,
 ) -> Predictions:
-    """One pass of each role over the sequences, some at a time: see `plan_micro_batches`."""
+    """One pass of each role over the sequences, some at a time: see `plan_micro_batches`.
+
+    Args:
+        with_actor: False leaves the actor's log-probs and entropy out; a critic that reads its states needs them.
+    """
+    if not with_actor and roles.reference is None and roles.critic is None:
+        return Predictions(None, None, None, None)
     shape = sequences.action_mask.shape
     columns: list[list[Tensor]] = [[], [], [], []]
     parts, layout = plan_micro_batches(
@@ -161,28 +169,27 @@ def predict(
         part = sequences[rows]
         args = (part.sequence_ids, part.attention_mask, part.action_mask)
         with autocast():
-            policy = policy_output(
-                roles.actor,
-                *args,
-                temperature=temperature,
-                with_entropy=True,
-                with_hidden=roles.critic_reads_actor,
-                layout=layout,
-            )
-            found = [policy.log_probs, policy.entropy, None, None]
+            found: list[Tensor | None] = [None] * 4
+            hidden = None
+            if with_actor:
+                found[0], found[1], hidden = policy_output(
+                    roles.actor,
+                    *args,
+                    temperature=temperature,
+                    with_entropy=True,
+                    with_hidden=roles.critic_reads_actor,
+                    layout=layout,
+                )
             if roles.reference is not None:
                 with roles.as_reference():
                     found[2] = policy_output(roles.reference, *args, temperature=temperature, layout=layout).log_probs
             if roles.critic is not None:
-                found[3] = roles.critic(*args, policy.hidden, layout=layout)
+                found[3] = roles.critic(*args, hidden, layout=layout)
         for column, x in zip(columns, found, strict=True):
             if x is not None:
                 column.append(torch.nn.functional.pad(x, (0, shape[1] - x.shape[1])))
     place = torch.cat(parts).argsort()
-    log_probs, entropy, ref_log_probs, values = (torch.cat(column)[place] if column else None for column in columns)
-    assert log_probs is not None
-    assert entropy is not None
-    return Predictions(log_probs, entropy, ref_log_probs, values)
+    return Predictions(*(torch.cat(column)[place] if column else None for column in columns))
 
 
 def build_experience(
@@ -213,6 +220,8 @@ def build_experience(
     """
     mask = sequences.action_mask
     per_token = kl_rewards(predictions, mask, kl_reward_coef=kl_reward_coef)
+    if all(x is None for x in predictions):
+        per_token = per_token.to(scores.dtype)
     if token_rewards is not None:
         per_token = per_token + fill_masked(token_rewards.to(per_token), mask)
     is_trained = None if algorithm.train_on_truncated else is_finished
@@ -236,8 +245,10 @@ def build_experience(
 
 def kl_rewards(predictions: Predictions, mask: Tensor, *, kl_reward_coef: float) -> Tensor:
     """[B, T]: minus kl_reward_coef times k1 at every action; 0 without a reference."""
-    if predictions.ref_log_probs is None:
-        return torch.zeros_like(predictions.log_probs)
+    if predictions.ref_log_probs is None or predictions.log_probs is None:
+        assert predictions.log_probs is not None or kl_reward_coef == 0
+        known = [x.dtype for x in predictions if x is not None]
+        return torch.zeros(mask.shape, dtype=known[0] if known else torch.float32, device=mask.device)
     return -kl_reward_coef * kl_estimate(predictions.log_probs, predictions.ref_log_probs, mask, estimator="k1")
 
 
@@ -245,10 +256,12 @@ def sequence_kl(predictions: Predictions, mask: Tensor) -> float:
     """Mean over sequences of the summed log-ratio to the reference, nats per sequence; 0 without a reference."""
     if predictions.ref_log_probs is None:
         return 0.0
+    assert predictions.log_probs is not None
     kl = kl_estimate(predictions.log_probs, predictions.ref_log_probs, mask, estimator="k1")
     return float(masked_sum(kl, mask) / len(mask))
 
 
 def mean_entropy(predictions: Predictions, mask: Tensor) -> float:
     """Nats per token."""
+    assert predictions.entropy is not None
     return float(masked_mean(predictions.entropy, mask))

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_
 from rlhf.lm.rewards import RewardFunction, RewardModel
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
 from rlhf.lm.tasks import Task
-from rlhf.lm.update import Learner, hold_back, update
+from rlhf.lm.update import ActorRecord, Learner, hold_back, update
 from rlhf.lm.verifier_pool import running
 from rlhf.rewards import Moments, shape_scores
 from rlhf.run import (
@@ -245,11 +245,14 @@ class Trainer:
             weights=[*weights, *[1.0] * (len(rollout.reward_names) - len(weights))],
             is_finished=batch.is_finished,
         )
-        metrics = collection_metrics(rollout, experience)
-        metrics |= {"kl/coef": self.kl_coef, "lr": self.learner.scheduler.get_last_lr()[0]}
+        settings = {"kl/coef": self.kl_coef, "lr": self.learner.scheduler.get_last_lr()[0]}
         collected = time.perf_counter()
-        metrics |= self._update(experience)
+        record = ActorRecord(experience) if experience.old_log_probs is None else None
+        of_update = self._update(experience, record)
+        if record is not None:
+            rollout = replace(rollout, predictions=record.complete(rollout.predictions, self.accelerator))
         ended = time.perf_counter()
+        metrics = collection_metrics(rollout, experience) | settings | of_update
 
         self._adapt_kl_coef(sequence_kl(rollout.predictions, batch.action_mask))
         self.step += 1
@@ -273,12 +276,12 @@ class Trainer:
             clip=algorithm.score_clip, missing_eos_penalty=algorithm.missing_eos_penalty,
         )  # fmt: skip
 
-    def _update(self, experience: Experience) -> dict[str, float]:
+    def _update(self, experience: Experience, record: ActorRecord | None) -> dict[str, float]:
         def order(epoch: int) -> torch.Tensor:
             generator = generator_for(self.config.run.seed, "minibatches", self.step, epoch)
             return torch.randperm(len(experience), generator=generator)
 
-        return update(self.learner, experience, self.config, self.accelerator, minibatch_order=order)
+        return update(self.learner, experience, self.config, self.accelerator, minibatch_order=order, record=record)
 
     def _adapt_kl_coef(self, observed: float) -> None:
         algorithm = self.config.algorithm

@@ -7,6 +7,7 @@ So the step is the same however many processes and micro-batches share it.
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,8 @@ from rlhf.checks import InputError
 from rlhf.kl import kl_estimate
 from rlhf.lm.batching import LayoutKind, deal
 from rlhf.lm.config import TrainerConfig
-from rlhf.lm.experience import Experience, Plan, plan_micro_batches, prompts_to_share
-from rlhf.lm.logprobs import policy_output
+from rlhf.lm.experience import Experience, Plan, Predictions, plan_micro_batches, prompts_to_share
+from rlhf.lm.logprobs import PolicyOutput, policy_output
 from rlhf.lm.models import Roles
 from rlhf.masking import masked_sum
 from rlhf.reduce import count, reduce
@@ -50,11 +51,13 @@ def update(
     accelerator: Accelerator,
     *,
     minibatch_order: Callable[[int], Tensor],
+    record: "ActorRecord | None" = None,
 ) -> dict[str, float]:
     """Several epochs over the experience.
 
     Args:
         minibatch_order: epoch -> [B] permutation of the sequences, the same on every process.
+        record: gets what the actor says of this process's sequences.
     Returns:
         Metrics, the same on every process.
     """
@@ -63,7 +66,7 @@ def update(
     for epoch in range(optimization.epochs):
         order = minibatch_order(epoch).to(experience.advantages.device)
         for rows in order.chunk(optimization.minibatches):
-            for name, value in optimizer_step(learner, experience, rows, config, accelerator).items():
+            for name, value in optimizer_step(learner, experience, rows, config, accelerator, record).items():
                 totals[name] += value
     tokens = max(totals.pop("tokens"), 1)  # none, where every completion was truncated and left out
     steps = optimization.epochs * optimization.minibatches
@@ -75,7 +78,12 @@ PER_TOKEN = ("ratio/clip_fraction", "ratio/approx_kl", "value/clip_fraction")
 
 
 def optimizer_step(
-    learner: Learner, experience: Experience, rows: Tensor, config: TrainerConfig, accelerator: Accelerator
+    learner: Learner,
+    experience: Experience,
+    rows: Tensor,
+    config: TrainerConfig,
+    accelerator: Accelerator,
+    record: "ActorRecord | None" = None,
 ) -> dict[str, float]:
     """One optimizer step on these rows of the experience, of which this process computes its share.
 
@@ -93,7 +101,14 @@ def optimizer_step(
     parts, layout = my_micro_batches(learner.roles, experience, rows, config, accelerator)
     for part in parts:
         with accelerator.autocast():
-            loss, terms = surrogate_objective(learner.roles, experience[part], config, denominator, layout=layout)
+            loss, terms = surrogate_objective(
+                learner.roles,
+                experience[part],
+                config,
+                denominator,
+                layout=layout,
+                observe=None if record is None else partial(record.keep, part),
+            )
         accelerator.backward(loss)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
@@ -110,6 +125,28 @@ def optimizer_step(
     metrics["tokens"] = float(mask.sum())
     metrics |= {f"grad_norm/{role}": float(norm) for role, norm in zip(("actor", "critic"), norms, strict=False)}
     return metrics
+
+
+class ActorRecord:
+    """Log-probs and entropies from the forwards of an update that is one optimizer step: those before it.
+
+    Args:
+        experience: the whole round's.
+    """
+
+    def __init__(self, experience: Experience) -> None:
+        self.found = torch.zeros_like(experience.advantages).repeat(2, 1, 1)
+
+    def keep(self, rows: Tensor, policy: PolicyOutput) -> None:
+        """What one micro-batch found of these rows."""
+        assert policy.entropy is not None
+        for kept, x in zip(self.found, (policy.log_probs, policy.entropy), strict=True):
+            kept[rows, : x.shape[1]] = x.detach().to(kept)
+
+    def complete(self, predictions: Predictions, accelerator: Accelerator) -> Predictions:
+        """The predictions with the actor's of all processes."""
+        log_probs, entropy = accelerator.reduce(self.found, reduction="sum")
+        return predictions._replace(log_probs=log_probs, entropy=entropy)
 
 
 def my_micro_batches(
@@ -130,7 +167,13 @@ def my_micro_batches(
 
 
 def surrogate_objective(
-    roles: Roles, part: Experience, config: TrainerConfig, denominator: Tensor, *, layout: LayoutKind | None = None
+    roles: Roles,
+    part: Experience,
+    config: TrainerConfig,
+    denominator: Tensor,
+    *,
+    layout: LayoutKind | None = None,
+    observe: Callable[[PolicyOutput], None] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The scalar to minimise on a micro-batch: policy loss - entropy bonus + KL + value loss.
 
@@ -138,6 +181,7 @@ def surrogate_objective(
         part: b sequences, [b, T] each.
         denominator: [] `reduce.count` over the whole optimizer step; the micro-batches' results add up.
         layout: how the tokens lie in each role's forward; None: as its model likes best.
+        observe: is shown the actor's log-probs and entropy.
     Returns:
         ([] loss in reward units, its terms and diagnostics [] by metric name).
     """
@@ -153,26 +197,30 @@ def surrogate_objective(
         roles.actor,
         *args,
         temperature=temperature,
-        with_entropy=algorithm.entropy_coef > 0,
+        with_entropy=algorithm.entropy_coef > 0 or observe is not None,
         with_hidden=roles.critic_reads_actor,
         layout=layout,
     )
+    if observe is not None:
+        observe(policy)
+    old_log_probs = policy.log_probs.detach() if part.old_log_probs is None else part.old_log_probs
     surrogate = policy_loss(
         algorithm,
         policy.log_probs,
-        part.old_log_probs,
+        old_log_probs,
         part.advantages,
         mask,
         sampler_log_probs=part.sampler_log_probs,
     )
     loss = reduced(surrogate.loss)
-    old_kl = kl_estimate(part.old_log_probs, policy.log_probs, mask, estimator="k3")
+    old_kl = kl_estimate(old_log_probs, policy.log_probs, mask, estimator="k3")
     terms = {
         "policy/loss": loss,
         "ratio/clip_fraction": masked_sum(surrogate.is_clipped.float(), mask),
         "ratio/approx_kl": masked_sum(old_kl, mask),
     }
-    if policy.entropy is not None:
+    if algorithm.entropy_coef > 0:
+        assert policy.entropy is not None
         loss = loss - algorithm.entropy_coef * reduced(policy.entropy)
     if algorithm.kl_loss_coef > 0:
         assert part.ref_log_probs is not None
