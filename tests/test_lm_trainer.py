@@ -23,7 +23,7 @@ from transformers import (
 
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
-from rlhf.lm import experience, update
+from rlhf.lm import experience, optimizer, update
 from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.embedded import build_tokenizer
 from rlhf.lm.logprobs import policy_output
@@ -324,6 +324,27 @@ def test_a_round_that_is_one_step_needs_no_forward_before_it(
         assert list(found) == list(expected)
         for key, value in expected.items():
             assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+def test_recomputed_layers_change_no_bit_of_a_run_and_may_be_chosen_on_resume(tmp_path: Path) -> None:
+    runs = [tmp_path / "kept", tmp_path / "recomputed"]
+    for run in runs:
+        chosen = {"steps": 2, "gradient_checkpointing": run.name == "recomputed"}
+        changes = {"optimization": chosen, "run": {"run_dir": run}}
+        make_trainer(make_config(run, **changes)).train()
+    assert files_of(runs[0]) == files_of(runs[1])
+    changes["optimization"]["gradient_checkpointing"] = False
+    make_trainer(make_config(run, **{**changes, "run": {"run_dir": run, "resume": True}}))
+
+
+def test_an_optimizer_that_is_not_installed_stops_the_run_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: None)
+    config = make_config(tmp_path / "run", optimization={"optimizer": "adamw8bit"})
+    with pytest.raises(InputError, match="pip install bitsandbytes"):
+        make_trainer(config, make_actor=never_called)
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_what_never_ran_or_has_no_checkpoint_is_an_error(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ MAY_CHANGE = {"run_dir", "eval_every", "eval_prompts", "checkpoint_every", "keep
     "generation_batch_size",
     "micro_batch_tokens",
     "share_prompts",
+    "gradient_checkpointing",
+    "compile",
     "verifier_workers",
 }
 

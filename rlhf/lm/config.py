@@ -11,6 +11,7 @@ from rlhf.presets import PRESETS, PresetName
 
 LRSchedule = Literal["constant", "linear", "cosine"]
 EngineKind = Literal["slots", "transformers"]
+OptimizerKind = Literal["adamw", "adamw8bit"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,14 @@ class OptimizationConfig:
     share_prompts: bool = True
     """Compute a prompt once for those of its completions that are in one micro-batch, where that saves a tenth of the
     tokens or more and the model's attention allows it: the same results to rounding. False: once for each."""
+    gradient_checkpointing: bool = False
+    """Keep each decoder layer's input alone and compute the layer again in the backward pass: less memory for a third
+    more arithmetic, the same gradient."""
+    compile: bool = False
+    """Run the decoder layers of update and predictions through torch.compile: slow to start, the same results to
+    rounding."""
+    optimizer: OptimizerKind = "adamw"
+    """adamw: torch's, fused; adamw8bit: bitsandbytes', which keeps its two moments in 8 bits each (to be installed)."""
     learning_rate: float = 1e-6
     """Peak learning rate (AdamW)."""
     critic_learning_rate: float | None = None
@@ -134,6 +143,7 @@ class OptimizationConfig:
         check_range("learning_rate", self.learning_rate, low=0, high_open=True)
         if self.critic_learning_rate is not None:
             check_range("critic_learning_rate", self.critic_learning_rate, low=0, high_open=True)
+        check_choice("optimizer", self.optimizer, get_args(OptimizerKind))
         check_choice("lr_schedule", self.lr_schedule, get_args(LRSchedule))
         check_range("warmup_steps", self.warmup_steps, low=0)
         for name in ("adam_beta1", "adam_beta2"):

@@ -10,7 +10,7 @@ into padded blocks for two calls of the device's attention kernel. No block is l
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,12 +108,12 @@ def attending(model: nn.Module, row: SharedRow) -> Iterator[None]:
             _active = outer
 
 
-def attending_again() -> AbstractContextManager[None]:
-    """The surroundings of the forward in progress, for a layer that is to be computed a second time."""
-    return nullcontext() if _active is None else attending(*_active)
+def active() -> tuple[nn.Module, SharedRow] | None:
+    """What `attending` was given, for a layer that is to be computed a second time; None outside it."""
+    return _active
 
 
-def _shared_attention(
+def attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -154,7 +154,7 @@ def _shared_attention(
     return F.embedding(row.back, out.flatten(1)).unflatten(-1, out.shape[1:])[None], None
 
 
-AttentionInterface.register(NAME, _shared_attention)
+AttentionInterface.register(NAME, attention)
 
 
 def _masks(

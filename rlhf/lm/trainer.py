@@ -18,8 +18,10 @@ from rlhf.lm.config import TrainerConfig
 from rlhf.lm.dynamic_sampling import Batch
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
 from rlhf.lm.generation import Engine, build_engine
+from rlhf.lm.layers import wrap_layers
 from rlhf.lm.lora import load_trained_state, merged, save_adapter, trained_state
 from rlhf.lm.models import assemble_roles, end_token_ids, load_actor
+from rlhf.lm.optimizer import build_optimizer, check_optimizer
 from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_rows, verifier_counts
 from rlhf.lm.rewards import RewardFunction, RewardModel
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
@@ -84,6 +86,7 @@ class Trainer:
         self.reward_functions = [task.verifier] if reward_functions is None else list(reward_functions)
         self.reward_weights = reward_weights
         check_processes(config, accelerator)
+        check_optimizer(config.optimization)
         check_rewards(self.reward_functions, reward_weights, task, tokenizer)
         for function in self.reward_functions:
             if isinstance(function, RewardModel):
@@ -144,17 +147,13 @@ class Trainer:
             )
         )
         self.sampler = Sampler(engine, self.tokenizer, config.sampling, accelerator)
+        recompute, compiled = config.optimization.gradient_checkpointing, config.optimization.compile
+        for trunk in self.roles.trunks() if recompute or compiled else []:  # now that the engine has tried the model
+            wrap_layers(trunk, recompute=recompute, compiled=compiled)
 
     def _build_learner(self, groups: list[list[torch.nn.Parameter]]) -> Learner:
         optimization = self.config.optimization
-        critic_rate = optimization.critic_learning_rate
-        rates = [optimization.learning_rate, optimization.learning_rate if critic_rate is None else critic_rate]
-        optimizer = torch.optim.AdamW(
-            [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=False)],
-            betas=(optimization.adam_beta1, optimization.adam_beta2),
-            eps=optimization.adam_epsilon,
-            weight_decay=optimization.weight_decay,
-        )
+        optimizer = build_optimizer(groups, optimization)
         scheduler = get_scheduler(
             optimization.lr_schedule if optimization.lr_schedule != "constant" else "constant_with_warmup",
             optimizer,
