@@ -46,6 +46,8 @@ class Args:
     """Longest prompt, tokens."""
     completion: int = 64
     """Longest completion, tokens."""
+    samples: int = 1
+    """Completions of each prompt, one after the other; with more than 1, prompts are shared too."""
     micro_batch_tokens: int = 1024
     """The plain variant takes as many whole sequences as fit, in the order given."""
     entropy: bool = False
@@ -76,6 +78,8 @@ def random_sequences(args: Args, *, ragged: bool, vocabulary: int) -> Sequences:
         for least, most in zip(low, (prompt, completion), strict=True)
     )
     before[0], after[0] = prompt, completion
+    of_prompt = torch.arange(count) // args.samples * args.samples
+    before, ids[:, :prompt] = before[of_prompt], ids[of_prompt, :prompt]
     action_mask = torch.arange(completion) < after
     attention_mask = torch.cat([torch.arange(prompt) >= prompt - before, action_mask], -1)
     return Sequences(ids, attention_mask, action_mask).to(torch.device(args.device))
@@ -87,12 +91,18 @@ def variants(args: Args, sequences: Sequences) -> dict[str, Variant]:
     by_length, by_sum = (
         micro_batches(sequences.lengths, tokens=args.micro_batch_tokens, packed=packed) for packed in (False, True)
     )
-    return {
+    found = {
         "plain": Variant(as_given, plain_output, None),
         "chunked": Variant(as_given, policy_output, "given"),
         "chunked, sorted": Variant(by_length, policy_output, "padded"),
         "chunked, packed": Variant(by_sum, policy_output, "packed"),
     }
+    if args.samples > 1:
+        by_prompt = micro_batches(
+            sequences.lengths, tokens=args.micro_batch_tokens, packed=True, prompts=sequences.prompts()
+        )
+        found["chunked, shared"] = Variant(by_prompt, policy_output, "shared")
+    return found
 
 
 def step_gradient(model: PreTrainedModel, sequences: Sequences, variant: Variant, args: Args) -> None:

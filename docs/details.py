@@ -68,7 +68,7 @@ DETAILS = (
     Detail("PPO", "The logits divided by the sampling temperature in training too", "--temperature",
            "rlhf/lm/logprobs.py", "temperature: logits are divided", N_PLUS),
     Detail("PPO", "Adam's epsilon 1e-5; linear decay of the learning rate", "--adam-epsilon, --lr-schedule",
-           "rlhf/lm/trainer.py", "eps=optimization.adam_epsilon", N_PLUS),
+           "rlhf/lm/optimizer.py", '"eps": optimization.adam_epsilon', N_PLUS),
     Detail("PPO", "Gradients clipped, actor and critic each by itself", "--max-grad-norm", "rlhf/lm/update.py",
            "norms = [nn.utils.clip_grad_norm_", SECRETS),
 )  # fmt: skip

@@ -117,6 +117,10 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "epochs": COUNT,
         "minibatches": COUNT,
         "micro_batch_tokens": COUNT,
+        "share_prompts": FREE,
+        "gradient_checkpointing": FREE,
+        "compile": FREE,
+        "optimizer": (["adamw", "adamw8bit"], ["sgd", None]),
         "learning_rate": NON_NEGATIVE,
         "critic_learning_rate": ([None, 0.0, 1.0], [-1e-9, math.nan, math.inf]),
         "lr_schedule": (["constant", "linear", "cosine"], ["step"]),
@@ -305,3 +309,21 @@ def test_a_config_comes_back_from_json_as_it_was() -> None:
     """A resumed run compares the two."""
     config = TrainerConfig(source=SourceConfig(model="m", task_options=("max_value=12",)))
     assert json.loads(json.dumps(config.as_dict())) == config.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("optimization", "algorithm", "needed"),
+    [
+        ({}, {}, False),
+        ({"epochs": 2}, {}, True),
+        ({"minibatches": 2}, {}, True),
+        ({}, {"kl_reward_coef": 0.1}, True),
+        ({}, {"kl_loss_coef": 0.1}, False),
+        ({}, {"critic": "shared"}, True),
+        ({}, {"train_on_truncated": False}, True),
+        ({}, {"sampler_weight": "token"}, False),
+    ],
+)
+def test_who_needs_old_log_probs(optimization: dict[str, Any], algorithm: dict[str, Any], needed: bool) -> None:
+    on_policy = OptimizationConfig(**{"epochs": 1, "minibatches": 1} | optimization)
+    assert TrainerConfig(optimization=on_policy, algorithm=AlgorithmConfig(**algorithm)).needs_old_log_probs == needed

@@ -24,8 +24,10 @@ from transformers import (
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
 from rlhf.conventions import CONVENTIONS
+from rlhf.lm import experience, optimizer, update
 from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.embedded import build_tokenizer
+from rlhf.lm.logprobs import policy_output
 from rlhf.lm.models import assemble_roles, head_of
 from rlhf.lm.rewards import RewardModel, exact_answer
 from rlhf.lm.rollout import collect
@@ -287,6 +289,64 @@ def test_resuming_with_other_options_names_them(tmp_path: Path) -> None:
     changed = make_config(tmp_path / "run", run={"resume": True}, algorithm={"gamma": 0.9})
     with pytest.raises(InputError, match=r"gamma was 1\.0, is now 0\.9"):
         make_trainer(changed, make_actor=never_called)
+
+
+@pytest.mark.parametrize("critic", [True, False])
+def test_a_round_that_is_one_step_needs_no_forward_before_it(
+    critic: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The actor passes over completions once a step, in the update; metrics are those of a run with another before."""
+    algorithm = {"kl_reward_coef": 0.0, "kl_target": None, "kl_loss_coef": 0.1}
+    algorithm |= {} if critic else {"advantage": "group", "critic": "none"}
+    optimization = {"steps": 2, "epochs": 1, "minibatches": 1, "micro_batch_tokens": 10_000}
+    passes: list[tuple[int, bool]] = []
+    rows = []
+    for forced in (True, False):
+        run = tmp_path / str(forced)
+        config = make_config(run, algorithm=algorithm, optimization=optimization, run={"run_dir": run})
+        assert not config.needs_old_log_probs
+        with monkeypatch.context() as patch:
+            if forced:
+                patch.setattr(TrainerConfig, "needs_old_log_probs", True)
+            trainer = make_trainer(config)
+            actor = trainer.roles.actor
+
+            def counted(model: PreTrainedModel, *args: Any, actor: Any = actor, **options: Any) -> Any:
+                if model is actor:
+                    passes.append((len(rows), torch.is_grad_enabled()))
+                return policy_output(model, *args, **options)
+
+            patch.setattr(experience, "policy_output", counted)
+            patch.setattr(update, "policy_output", counted)
+            trainer.train()
+        rows.append(files_of(run)[0])
+    assert passes == [(0, False), (0, True)] * 2 + [(1, True)] * 2
+    assert len(rows[0]) == len(rows[1]) == 3
+    for expected, found in zip(*rows, strict=True):
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+def test_recomputed_layers_change_no_bit_of_a_run_and_may_be_chosen_on_resume(tmp_path: Path) -> None:
+    runs = [tmp_path / "kept", tmp_path / "recomputed"]
+    for run in runs:
+        chosen = {"steps": 2, "gradient_checkpointing": run.name == "recomputed"}
+        changes = {"optimization": chosen, "run": {"run_dir": run}}
+        make_trainer(make_config(run, **changes)).train()
+    assert files_of(runs[0]) == files_of(runs[1])
+    changes["optimization"]["gradient_checkpointing"] = False
+    make_trainer(make_config(run, **{**changes, "run": {"run_dir": run, "resume": True}}))
+
+
+def test_an_optimizer_that_is_not_installed_stops_the_run_before_it_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(optimizer, "find_spec", lambda name: None)
+    config = make_config(tmp_path / "run", optimization={"optimizer": "adamw8bit"})
+    with pytest.raises(InputError, match="pip install bitsandbytes"):
+        make_trainer(config, make_actor=never_called)
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_what_never_ran_or_has_no_checkpoint_is_an_error(tmp_path: Path) -> None:

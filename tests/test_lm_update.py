@@ -11,14 +11,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from tiny import tiny_model
+from tiny import exact_norms, tiny_model
 
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.lm import logprobs
 from rlhf.lm.config import OptimizationConfig, SamplingConfig, TrainerConfig
-from rlhf.lm.experience import Experience, Sequences, build_experience, predict, with_value_mask
+from rlhf.lm.experience import (
+    Experience,
+    Predictions,
+    Sequences,
+    build_experience,
+    plan_micro_batches,
+    predict,
+    with_value_mask,
+)
 from rlhf.lm.models import Roles, assemble_roles
 from rlhf.lm.update import (
+    ActorRecord,
     Denominators,
     Learner,
     denominators,
@@ -62,20 +71,22 @@ def make_roles(algorithm: AlgorithmConfig) -> Roles:
     return roles
 
 
-def make_sequences() -> Sequences:
-    """12 sequences: prompts of 1 to 4 tokens, completions of 1 to 6."""
+def make_sequences(samples: int = 1) -> Sequences:
+    """12 sequences: prompts of 1 to 4 tokens, each for so many sequences in a row, completions of 1 to 6."""
     generator = torch.Generator().manual_seed(3)
     prompt, completion = 4, 6
     ids = torch.randint(2, 15, (12, prompt + completion), generator=generator)
     starts = torch.randint(0, prompt, (12, 1), generator=generator)
+    of_prompt = torch.arange(12) // samples * samples
+    starts, ids[:, :prompt] = starts[of_prompt], ids[of_prompt, :prompt]
     lengths = torch.randint(1, completion + 1, (12, 1), generator=generator)
     action_mask = torch.arange(completion) < lengths
     return Sequences(ids, torch.cat([torch.arange(prompt) >= starts, action_mask], -1), action_mask)
 
 
-def make_experience(roles: Roles, config: TrainerConfig) -> Experience:
+def make_experience(roles: Roles, config: TrainerConfig, samples: int = 1) -> Experience:
     """Experience of a policy a little different from the actor, so that ratios are not 1 and some are clipped."""
-    sequences = with_value_mask(make_sequences(), config.algorithm)
+    sequences = with_value_mask(make_sequences(samples), config.algorithm)
     found = predict(roles, sequences, temperature=0.8, micro_batch_tokens=50, autocast=Accelerator().autocast)
     generator = torch.Generator().manual_seed(4)
     noise = 0.2 * torch.randn(found.log_probs.shape, generator=generator, dtype=torch.float64)
@@ -98,7 +109,9 @@ def gradients(roles: Roles) -> dict[str, torch.Tensor]:
     }
 
 
-def accumulated(roles: Roles, experience: Experience, config: TrainerConfig, parts: list[torch.Tensor]) -> dict:
+def accumulated(
+    roles: Roles, experience: Experience, config: TrainerConfig, parts: list[torch.Tensor], layout: str | None = None
+) -> dict:
     """Gradient summed over the parts, divided by the whole's denominator."""
     for group in roles.parameter_groups():
         for parameter in group:
@@ -106,7 +119,7 @@ def accumulated(roles: Roles, experience: Experience, config: TrainerConfig, par
     sequences = experience.sequences
     shared = denominators(config.algorithm, sequences.action_mask, sequences.valued)
     for part in parts:
-        loss, _ = surrogate_objective(roles, experience[part], config, shared)
+        loss, _ = surrogate_objective(roles, experience[part], config, shared, layout=layout)
         loss.backward()
     return gradients(roles)
 
@@ -154,7 +167,7 @@ def test_processes_share_an_optimizer_step_evenly(processes: int, kind: str, mon
     lengths, shares = experience.sequences.lengths, []
     for process in range(processes):
         accelerator = SimpleNamespace(process_index=process, num_processes=processes, autocast=nullcontext)
-        parts = my_micro_batches(roles, experience, rows, config, accelerator)
+        parts, _ = my_micro_batches(roles, experience, rows, config, accelerator)
         costs = [lengths[p].sum() if kind == "packed" else len(p) * lengths[p].max() for p in parts]
         assert max(costs) <= 20
         shares.append(torch.cat(parts))
@@ -174,6 +187,127 @@ def test_predictions_stand_where_their_sequences_do(tokens: int) -> None:
         for x, y in zip(found, alone, strict=True):
             torch.testing.assert_close(x[row, : y.shape[1]], y[0], rtol=0, atol=1e-10)
             assert x[row, y.shape[1] :].eq(0).all()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("tokens", [14, 25, 10_000])
+def test_shared_prompts_have_the_gradient_of_prompts_computed_for_each_sample(name: str, tokens: int) -> None:
+    """Through every role's forward, whatever the budget cuts."""
+    shared = config_for(ALGORITHMS[name], tokens)
+    unshared = dataclasses.replace(shared, optimization=dataclasses.replace(shared.optimization, share_prompts=False))
+    roles, found = make_roles(shared.algorithm), {}
+    experience = make_experience(roles, unshared, samples=4)
+    for config in (shared, unshared):
+        parts, layout = my_micro_batches(roles, experience, torch.arange(12), config, Accelerator())
+        with exact_norms():
+            found[layout] = accumulated(roles, experience, config, parts, layout)
+    assert found.keys() == {"shared", None}
+    assert max(g.abs().max() for g in found[None].values()) > 1e-3
+    for key, gradient in found[None].items():
+        torch.testing.assert_close(found["shared"][key], gradient, rtol=0, atol=1e-10, msg=key)
+
+
+def test_shared_prompts_have_the_predictions_of_prompts_computed_for_each_sample() -> None:
+    roles, sequences = make_roles(ALGORITHMS["ppo"]), make_sequences(samples=4)
+    found = [
+        predict(roles, sequences, temperature=0.8, micro_batch_tokens=30, autocast=nullcontext, share_prompts=share)
+        for share in (True, False)
+    ]
+    assert plan_micro_batches(roles, sequences, tokens=30, share=True, autocast=nullcontext).layout == "shared"
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-10)
+
+
+def test_prompts_are_shared_where_that_saves_a_tenth() -> None:
+    roles = make_roles(ALGORITHMS["ppo"])
+
+    def layout(sequences: Sequences, tokens: int = 1000) -> str | None:
+        return plan_micro_batches(roles, sequences, tokens=tokens, share=True, autocast=nullcontext).layout
+
+    assert layout(make_sequences(samples=4)) == "shared"
+    assert layout(make_sequences(samples=4), tokens=10) is None, "the budget leaves no two completions together"
+    assert layout(make_sequences(samples=1)) is None
+    ids, mask = torch.arange(2, 14).remainder(13).expand(2, 12), torch.ones(2, 12, dtype=torch.bool)
+    assert layout(Sequences(ids, mask, mask[:, 2:])) is None, "2 of 24 tokens"
+    assert layout(Sequences(ids, mask, mask[:, 3:])) == "shared", "3 of 24"
+
+
+ON_POLICY = {
+    "ppo": AlgorithmConfig(entropy_coef=0.01),
+    "grpo": AlgorithmConfig(advantage="group", critic="none", kl_loss_coef=0.1, reduction="sequence_mean"),
+    "gspo": AlgorithmConfig(advantage="group", critic="none", policy_loss="gspo"),
+    "cispo": AlgorithmConfig(advantage="group", critic="none", policy_loss="cispo", clip_low=None),
+    "sapo": AlgorithmConfig(advantage="group", critic="none", policy_loss="sapo"),
+    "reinforce": AlgorithmConfig(advantage="leave_one_out", critic="none", policy_loss="reinforce"),
+    "importance": AlgorithmConfig(
+        advantage="group", critic="none", policy_loss="importance", sampler_weight="sequence_mean"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_POLICY)
+@pytest.mark.parametrize("tokens", [30, 10_000])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_one_step_on_its_own_log_probs_is_the_step_on_predicted_ones_bit_for_bit(
+    name: str, tokens: int, samples: int
+) -> None:
+    """Weights, metrics and what is recorded for the round's metrics; with prompts shared and without."""
+    base, found = config_for(ON_POLICY[name], tokens), []
+    config = dataclasses.replace(base, optimization=dataclasses.replace(base.optimization, epochs=1, minibatches=1))
+    assert not config.needs_old_log_probs
+    noise = 0.1 * torch.randn(12, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    for with_actor in (True, False):
+        roles, sequences = make_roles(config.algorithm), make_sequences(samples)
+        options = {"temperature": 0.8, "micro_batch_tokens": tokens, "autocast": nullcontext}
+        everything = predict(roles, sequences, **options)
+        predictions = predict(roles, sequences, **options, with_actor=with_actor)
+        experience = build_experience(
+            sequences, torch.arange(12, dtype=torch.float64) % 5, torch.arange(12) // 3, predictions, config.algorithm,
+            kl_reward_coef=0.0, sampler_log_probs=everything.log_probs + noise,
+        )  # fmt: skip
+        groups = roles.parameter_groups()
+        optimizer = torch.optim.SGD([{"params": g} for g in groups], lr=0.1)
+        learner = Learner(roles, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0))
+        record = ActorRecord(experience)
+        order, accelerator = torch.arange(12), Accelerator()
+        metrics = update(learner, experience, config, accelerator, minibatch_order=lambda _, x=order: x, record=record)
+        recorded = record.complete(predictions, accelerator)
+        assert torch.equal(recorded.log_probs, everything.log_probs)
+        assert torch.equal(recorded.entropy, everything.entropy)
+        found.append((metrics, [p for group in groups for p in group]))
+    assert metrics["ratio/clip_fraction"] == metrics["ratio/approx_kl"] == 0
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(x, y) for x, y in zip(found[0][1], found[1][1], strict=True))
+    untrained = make_roles(config.algorithm).parameter_groups()
+    assert not torch.equal(found[0][1][0], untrained[0][0])
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "dr. grpo"])
+def test_without_the_actor_each_role_passes_over_a_micro_batch_once(name: str) -> None:
+    roles, sequences = make_roles(ALGORITHMS[name]), make_sequences()
+    options = {"temperature": 0.8, "micro_batch_tokens": 40, "autocast": nullcontext}
+    whole = predict(roles, sequences, **options)
+    trunks = {
+        "actor": roles.actor.model,
+        "reference": None if roles.reference is None else roles.reference.model,
+        "critic": None if roles.critic is None else roles.critic.trunk.model,
+    }
+    shapes: dict[str, list[torch.Size]] = {role: [] for role in trunks}
+    for role, trunk in trunks.items():
+        if trunk is not None:
+            trunk.register_forward_hook(lambda _, args, out, role=role: shapes[role].append(out[0].shape))
+    found = predict(roles, sequences, **options, with_actor=False)
+    assert shapes["actor"] == []
+    assert found.log_probs is None
+    assert found.entropy is None
+    parts = len(plan_micro_batches(roles, sequences, tokens=40, share=True, autocast=nullcontext).parts)
+    assert parts > 1
+    for role, x, y in (
+        ("reference", found.ref_log_probs, whole.ref_log_probs), ("critic", found.values, whole.values)
+    ):  # fmt: skip
+        assert len(shapes[role]) == (0 if trunks[role] is None else parts)
+        assert (x is None and y is None) or torch.equal(x, y)
+    assert not shapes["critic"] or shapes["critic"] == shapes["reference"], "the same micro-batches, laid out alike"
 
 
 def test_clipping_and_a_changed_policy_are_part_of_the_split_test() -> None:
@@ -217,19 +351,21 @@ def run_update(algorithm: AlgorithmConfig, micro_batch_tokens: int) -> dict[str,
     accelerator = Accelerator()
     config = config_for(algorithm, micro_batch_tokens)
     roles = make_roles(algorithm)
-    experience = make_experience(roles, config)
+    experience = make_experience(roles, config, samples=3)
+    assert my_micro_batches(roles, experience, torch.arange(12), config, accelerator).layout == "shared"
     groups = roles.parameter_groups()
     optimizer = accelerator.prepare_optimizer(torch.optim.SGD([{"params": g} for g in groups], lr=0.1))
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer.optimizer, factor=1.0)
     learner = Learner(roles, optimizer, scheduler)
-    first = optimizer_step_gradients(learner, experience, config, accelerator)
-    metrics = update(
-        learner,
-        experience,
-        config,
-        accelerator,
-        minibatch_order=lambda epoch: torch.randperm(12, generator=torch.Generator().manual_seed(epoch)),
-    )
+    with exact_norms():
+        first = optimizer_step_gradients(learner, experience, config, accelerator)
+        metrics = update(
+            learner,
+            experience,
+            config,
+            accelerator,
+            minibatch_order=lambda epoch: torch.randperm(12, generator=torch.Generator().manual_seed(epoch)),
+        )
     weights = {f"weight.{i}": p.detach().clone() for i, p in enumerate(p for group in groups for p in group)}
     return {**first, **metrics, **weights}
 
@@ -240,9 +376,11 @@ def optimizer_step_gradients(learner: Learner, experience: Experience, config: T
     handle = learner.optimizer.optimizer.register_step_pre_hook(
         lambda *_: caught.update({f"gradient.{k}": g for k, g in gradients(learner.roles).items()})
     )
-    optimizer_step(learner, experience, torch.arange(11), config, accelerator)
+    record = ActorRecord(experience)
+    optimizer_step(learner, experience, torch.arange(11), config, accelerator, record)
     handle.remove()
-    return caught
+    found = record.complete(Predictions(None, None, None, None), accelerator)
+    return caught | {"log_probs": found.log_probs, "entropy": found.entropy}
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo"])

@@ -4,7 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no test asks the network
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import huggingface_hub.constants
@@ -22,6 +23,12 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from rlhf.lm.embedded import build_tokenizer
 from rlhf.lm.experience import Sequences
@@ -85,6 +92,23 @@ def tiny_model(
         if name.endswith("bias"):  # zeros by default, which would hide a bias that is not applied
             torch.nn.init.normal_(parameter, std=0.4)
     return model.eval()
+
+
+@contextmanager
+def exact_norms() -> Iterator[None]:
+    """Within: RMS norms compute in their inputs' type. transformers' compute in float32, even in float64, so that
+    gradients of what sequences share depend by 1e-7 on whether they are summed before or after."""
+
+    def exact(module: Any, x: Tensor) -> Tensor:
+        epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
+        weight = module.weight + 1 if type(module).__name__.startswith("Gemma") else module.weight
+        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+
+    with ExitStack() as stack:
+        for cls in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, MistralRMSNorm, Gemma2RMSNorm, Gemma3RMSNorm):
+            stack.callback(setattr, cls, "forward", cls.forward)
+            cls.forward = exact
+        yield
 
 
 def encode(texts: Sequence[str]) -> list[list[int]]:

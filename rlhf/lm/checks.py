@@ -24,6 +24,9 @@ MAY_CHANGE = {"run_dir", "eval_every", "eval_prompts", "checkpoint_every", "keep
     "engine",
     "generation_batch_size",
     "micro_batch_tokens",
+    "share_prompts",
+    "gradient_checkpointing",
+    "compile",
     "verifier_workers",
 }
 

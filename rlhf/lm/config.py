@@ -14,6 +14,7 @@ LRSchedule = Literal["constant", "linear", "cosine"]
 EngineKind = Literal["slots", "transformers"]
 TrunkType = Literal["float32", "bfloat16"]
 Bits = Literal["8bit", "4bit"]
+OptimizerKind = Literal["adamw", "adamw8bit"]
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,19 @@ class OptimizationConfig:
     minibatches: int = 2
     """Optimizer steps per pass."""
     micro_batch_tokens: int | None = None
-    """Tokens (prompt, completion and padding) per forward and backward on each process, but at least one sequence:
-    bounds memory, changes no gradient. None: 1,024 on a CPU, 8,192 on a GPU."""
+    """Tokens (prompt, completion and padding; a shared prompt's once) per forward and backward on each process, but at
+    least one sequence: bounds memory, changes no gradient. None: 1,024 on a CPU, 8,192 on a GPU."""
+    share_prompts: bool = True
+    """Compute a prompt once for those of its completions that are in one micro-batch, where that saves a tenth of the
+    tokens or more and the model's attention allows it: the same results to rounding. False: once for each."""
+    gradient_checkpointing: bool = False
+    """Keep each decoder layer's input alone and compute the layer again in the backward pass: less memory for a third
+    more arithmetic, the same gradient."""
+    compile: bool = False
+    """Run the decoder layers of update and predictions through torch.compile: slow to start, the same results to
+    rounding."""
+    optimizer: OptimizerKind = "adamw"
+    """adamw: torch's, fused; adamw8bit: bitsandbytes', which keeps its two moments in 8 bits each (to be installed)."""
     learning_rate: float = 1e-6
     """Peak learning rate (AdamW)."""
     critic_learning_rate: float | None = None
@@ -141,6 +153,7 @@ class OptimizationConfig:
         check_range("learning_rate", self.learning_rate, low=0, high_open=True)
         if self.critic_learning_rate is not None:
             check_range("critic_learning_rate", self.critic_learning_rate, low=0, high_open=True)
+        check_choice("optimizer", self.optimizer, get_args(OptimizerKind))
         check_choice("lr_schedule", self.lr_schedule, get_args(LRSchedule))
         check_range("warmup_steps", self.warmup_steps, low=0)
         for name in ("adam_beta1", "adam_beta2"):
@@ -267,6 +280,19 @@ class TrainerConfig:
             raise InputError("critic_warmup_steps, but critic='none': there is none to warm up")
         if self.algorithm.kl_target is not None:
             check_range("kl_horizon", self.algorithm.kl_horizon, low=self.optimization.sequences_per_step)
+
+    @property
+    def needs_old_log_probs(self) -> bool:
+        """Whether the actor has to pass over the completions before the update. (The one place where this is decided.)
+
+        Where a round is one optimizer step, the actor has not moved when the step's own forward sees the completions:
+        `old_log_probs` are its log-probs, detached, the ratio is 1, and entropy, KL and the gap to the sampler are
+        reported from it. The forward of its own stays where something needs it earlier: KL in the reward, a critic that
+        reads the actor's states; or where the update leaves completions out that those metrics are about.
+        """
+        one_step = self.optimization.epochs == 1 and self.optimization.minibatches == 1
+        early = self.algorithm.kl_reward_coef > 0 or self.algorithm.critic == "shared"
+        return not one_step or early or not self.algorithm.train_on_truncated
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able, for config.json; `resume` is how a run was continued, not what it is, and left out."""

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.kl import kl_estimate
-from rlhf.lm.batching import micro_batches
-from rlhf.lm.logprobs import packs, policy_output
+from rlhf.lm.batching import SHARING_PAYS, LayoutKind, Prompts, micro_batches, shared_tokens
+from rlhf.lm.logprobs import can_share_prompts, output_head, packs, policy_output
 from rlhf.lm.models import Roles
+from rlhf.lm.shared_prompts import prompt_groups
 from rlhf.masking import fill_masked, masked_mean, masked_sum
 from rlhf.objective import estimate_advantages
 from rlhf.rewards import rewards_at_last_action
@@ -56,16 +57,23 @@ class Sequences:
         """[B] int64: tokens of prompt and completion."""
         return self.attention_mask.sum(-1)
 
+    def prompts(self) -> Prompts:
+        """With which prompt each begins."""
+        columns = self.action_mask.shape[1]
+        groups = prompt_groups(self.sequence_ids, self.attention_mask, columns)
+        return Prompts(groups, self.attention_mask[:, :-columns].sum(-1))
+
     def to(self, device: torch.device) -> "Sequences":
         moved = (self.sequence_ids.to(device), self.attention_mask.to(device), self.action_mask.to(device))
         return Sequences(*moved, None if self.value_mask is None else self.value_mask.to(device))
 
 
 class Predictions(NamedTuple):
-    """What the roles say of the completions before any update, [B, T] float32 each, 0 in masked slots."""
+    """What the roles say of the completions before any update, [B, T] float32 each, 0 in masked slots. The actor's are
+    None until the update where nobody needs them before (`TrainerConfig.needs_old_log_probs`)."""
 
-    log_probs: Tensor
-    entropy: Tensor
+    log_probs: Tensor | None
+    entropy: Tensor | None
     ref_log_probs: Tensor | None
     values: Tensor | None
 
@@ -88,7 +96,7 @@ class Experience:
     rewards: Tensor  # per-token reward: what is given per token minus the KL penalty, the score on the last action
     # Under the weights that made it, as the rollout engine says and as the actor does
     sampler_log_probs: Tensor | None
-    old_log_probs: Tensor
+    old_log_probs: Tensor | None  # None: those of the update's own forward
     ref_log_probs: Tensor | None
     old_values: Tensor | None
     # What the update aims at
@@ -117,37 +125,92 @@ class Experience:
         return len(self.sequences)
 
 
-@torch.no_grad()
-def predict(
-    roles: Roles, sequences: Sequences, *, temperature: float, micro_batch_tokens: int | None, autocast: Autocast
-) -> Predictions:
-    """One pass of each role over the sequences, some at a time: see `micro_batches`."""
-    shape = sequences.action_mask.shape
-    columns: list[list[Tensor]] = [[], [], [], []]
+class Plan(NamedTuple):
+    """Micro-batches, the same for all roles, and how their tokens lie; None: as each model likes best."""
+
+    parts: list[Tensor]  # [b] int64 rows each
+    layout: LayoutKind | None
+
+
+def plan_micro_batches(
+    roles: Roles, sequences: Sequences, *, tokens: int | None, share: bool, autocast: Autocast
+) -> Plan:
+    """Cut sequences by a budget of tokens; see `micro_batches`.
+
+    Args:
+        share: compute each prompt once for its completions in a micro-batch, where `prompts_to_share` finds it worth it
+            and the budget leaves enough of them together.
+    """
+    lengths, prompts = sequences.lengths, prompts_to_share(roles, sequences, autocast) if share else None
+    if prompts is not None:
+        parts = micro_batches(lengths, tokens=tokens, packed=True, prompts=prompts)
+        if shared_tokens(prompts, parts) >= SHARING_PAYS * int(lengths.sum()):
+            return Plan(parts, "shared")
     with autocast():
         packed = packs(roles.actor)
-    parts = micro_batches(sequences.lengths, tokens=micro_batch_tokens, packed=packed)
+    return Plan(micro_batches(lengths, tokens=tokens, packed=packed), None)
+
+
+def prompts_to_share(roles: Roles, sequences: Sequences, autocast: Autocast) -> Prompts | None:
+    """The prompts, if enough of their tokens could be shared and every role's model can do it."""
+    if not len(sequences):
+        return None
+    prompts = sequences.prompts()
+    if shared_tokens(prompts, [torch.arange(len(sequences))]) < SHARING_PAYS * int(sequences.lengths.sum()):
+        return None
+    with autocast():
+        can_share = all(can_share_prompts(trunk) for trunk in roles.trunks())
+        return prompts if can_share and output_head(roles.actor) is not None else None
+
+
+@torch.no_grad()
+def predict(
+    roles: Roles,
+    sequences: Sequences,
+    *,
+    temperature: float,
+    micro_batch_tokens: int | None,
+    autocast: Autocast,
+    share_prompts: bool = True,
+    with_actor: bool = True,
+) -> Predictions:
+    """One pass of each role over the sequences, some at a time: see `plan_micro_batches`.
+
+    Args:
+        with_actor: False leaves the actor's log-probs and entropy out; a critic that reads its states needs them.
+    """
+    if not with_actor and roles.reference is None and roles.critic is None:
+        return Predictions(None, None, None, None)
+    shape = sequences.action_mask.shape
+    columns: list[list[Tensor]] = [[], [], [], []]
+    parts, layout = plan_micro_batches(
+        roles, sequences, tokens=micro_batch_tokens, share=share_prompts, autocast=autocast
+    )
     for rows in parts:
         part = sequences[rows]
         args = (part.sequence_ids, part.attention_mask, part.action_mask)
         with autocast():
-            policy = policy_output(
-                roles.actor, *args, temperature=temperature, with_entropy=True, with_hidden=roles.critic_reads_actor
-            )
-            found = [policy.log_probs, policy.entropy, None, None]
+            found: list[Tensor | None] = [None] * 4
+            hidden = None
+            if with_actor:
+                found[0], found[1], hidden = policy_output(
+                    roles.actor,
+                    *args,
+                    temperature=temperature,
+                    with_entropy=True,
+                    with_hidden=roles.critic_reads_actor,
+                    layout=layout,
+                )
             if roles.reference is not None:
                 with roles.as_reference():
-                    found[2] = policy_output(roles.reference, *args, temperature=temperature).log_probs
+                    found[2] = policy_output(roles.reference, *args, temperature=temperature, layout=layout).log_probs
             if roles.critic is not None:
-                found[3] = roles.critic(part.sequence_ids, part.attention_mask, part.valued, policy.hidden)
+                found[3] = roles.critic(part.sequence_ids, part.attention_mask, part.valued, hidden, layout=layout)
         for column, x in zip(columns, found, strict=True):
             if x is not None:
                 column.append(torch.nn.functional.pad(x, (0, shape[1] - x.shape[1])))
     place = torch.cat(parts).argsort()
-    log_probs, entropy, ref_log_probs, values = (torch.cat(column)[place] if column else None for column in columns)
-    assert log_probs is not None
-    assert entropy is not None
-    return Predictions(log_probs, entropy, ref_log_probs, values)
+    return Predictions(*(torch.cat(column)[place] if column else None for column in columns))
 
 
 def build_experience(
@@ -178,6 +241,8 @@ def build_experience(
     """
     mask = sequences.action_mask
     per_token = kl_rewards(predictions, mask, kl_reward_coef=kl_reward_coef)
+    if all(x is None for x in predictions):
+        per_token = per_token.to(scores.dtype)
     if token_rewards is not None:
         per_token = per_token + fill_masked(token_rewards.to(per_token), mask)
     is_trained = None if algorithm.train_on_truncated else is_finished
@@ -201,8 +266,10 @@ def build_experience(
 
 def kl_rewards(predictions: Predictions, mask: Tensor, *, kl_reward_coef: float) -> Tensor:
     """[B, T]: minus kl_reward_coef times k1 at every action; 0 without a reference."""
-    if predictions.ref_log_probs is None:
-        return torch.zeros_like(predictions.log_probs)
+    if predictions.ref_log_probs is None or predictions.log_probs is None:
+        assert predictions.log_probs is not None or kl_reward_coef == 0
+        known = [x.dtype for x in predictions if x is not None]
+        return torch.zeros(mask.shape, dtype=known[0] if known else torch.float32, device=mask.device)
     return -kl_reward_coef * kl_estimate(predictions.log_probs, predictions.ref_log_probs, mask, estimator="k1")
 
 
@@ -210,10 +277,12 @@ def sequence_kl(predictions: Predictions, mask: Tensor) -> float:
     """Mean over sequences of the summed log-ratio to the reference, nats per sequence; 0 without a reference."""
     if predictions.ref_log_probs is None:
         return 0.0
+    assert predictions.log_probs is not None
     kl = kl_estimate(predictions.log_probs, predictions.ref_log_probs, mask, estimator="k1")
     return float(masked_sum(kl, mask) / len(mask))
 
 
 def mean_entropy(predictions: Predictions, mask: Tensor) -> float:
     """Nats per token."""
+    assert predictions.entropy is not None
     return float(masked_mean(predictions.entropy, mask))

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlhf.checks import InputError
 from rlhf.lm.batching import LayoutKind, lay_out
 from rlhf.lm.head import Head, token_terms, widened
+from rlhf.lm.shared_prompts import attending
 from rlhf.losses import categorical_entropy
 
 
@@ -108,12 +110,13 @@ def action_states(
     """
     kind = layout_for(trunk) if layout is None else layout
     laid_out = lay_out(sequence_ids, attention_mask, action_mask, kind)
-    output = trunk(
-        input_ids=laid_out.input_ids,
-        attention_mask=laid_out.attention_mask,
-        position_ids=laid_out.position_ids,
-        use_cache=False,
-    )
+    with nullcontext() if laid_out.shared is None else attending(trunk, laid_out.shared):
+        output = trunk(
+            input_ids=laid_out.input_ids,
+            attention_mask=laid_out.attention_mask,
+            position_ids=laid_out.position_ids,
+            use_cache=False,
+        )
     return output.last_hidden_state.flatten(0, 1)[laid_out.states]
 
 
@@ -149,6 +152,7 @@ def widen(logits: Tensor) -> Tensor:
 # -- what a model allows: found out once, by trying -------------------------------------------------------------------
 
 _layouts: WeakKeyDictionary[nn.Module, tuple[str, LayoutKind]] = WeakKeyDictionary()
+_shares_prompts: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _has_plain_head: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -164,6 +168,23 @@ def layout_for(trunk: PreTrainedModel) -> LayoutKind:
         kinds: list[LayoutKind] = ["packed", "padded"] if can_pack else ["padded"]
         _layouts[trunk] = (implementation, next((kind for kind in kinds if _keeps_states(trunk, kind)), "given"))
     return _layouts[trunk][1]
+
+
+def can_share_prompts(trunk: PreTrainedModel) -> bool:
+    """Whether the layout "shared" gives the states of the padded batch with its mask; a warning says if not."""
+    if trunk not in _shares_prompts:
+        types = getattr(trunk.config.get_text_config(), "layer_types", None) or ()
+        known = trunk._supports_attention_backend and {*types} <= {"full_attention", "sliding_attention"}
+        with suppress(InputError):  # of the attention function
+            known = known and _keeps_states(trunk, "shared")
+            _shares_prompts[trunk] = known
+        if not _shares_prompts.setdefault(trunk, False):
+            warnings.warn(
+                f"the attention of {type(trunk).__name__} is more than causal attention in windows, so a prompt is "
+                "computed once for each of its samples",
+                stacklevel=3,
+            )
+    return _shares_prompts[trunk]
 
 
 def output_head(model: PreTrainedModel) -> Head | None:
@@ -239,9 +260,12 @@ def _keeps_states(trunk: PreTrainedModel, kind: LayoutKind) -> bool:
 
 
 def _probe(device: torch.device, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Two sequences of 4 and 6 tokens: ids and attention mask [2, 7], action mask [2, 3]."""
+    """Three sequences of 4, 6 and 7 tokens, two of them with one prompt: ids and attention mask [3, 7], action mask
+    [3, 3]."""
     ids = torch.arange(14, device=device).view(2, 7) % vocabulary
-    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 0]], dtype=torch.bool, device=device)
+    ids = torch.cat([ids, ids[1:, [0, 1, 2, 3, 5, 6, 4]]])
+    mask = torch.ones(3, 7, dtype=torch.bool, device=device)
+    mask[0, :2] = mask[:2, 6] = False
     return ids, mask, mask[:, 4:]
 
 

@@ -66,8 +66,14 @@ def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
+def adapter_in_use(module: nn.Module) -> str | None:
+    """The name for `using` of what a forward pass of this module sees now."""
+    layers = adapter_layers(module)
+    return None if not layers or layers[0].disable_adapters else layers[0].active_adapters[0]
+
+
 @contextmanager
-def using(model: PreTrainedModel, name: str | None) -> Iterator[None]:
+def using(model: nn.Module, name: str | None) -> Iterator[None]:
     """Forward passes inside see this adapter, or with None the trunk alone; ACTOR again afterwards."""
     layers = adapter_layers(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # peft's switches change it

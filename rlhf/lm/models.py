@@ -24,6 +24,7 @@ from transformers import (
 
 from rlhf.algorithm import CriticKind
 from rlhf.checks import InputError, brief
+from rlhf.lm.batching import LayoutKind
 from rlhf.lm.config import AdapterConfig
 from rlhf.lm.head import widened
 from rlhf.lm.logprobs import action_states, at_actions, trunk_of, widen
@@ -132,17 +133,23 @@ class Critic(nn.Module):
         return cls(None, head)
 
     def forward(
-        self, sequence_ids: Tensor, attention_mask: Tensor, action_mask: Tensor, actor_hidden: Tensor | None
+        self,
+        sequence_ids: Tensor,
+        attention_mask: Tensor,
+        action_mask: Tensor,
+        actor_hidden: Tensor | None,
+        *,
+        layout: LayoutKind | None = None,
     ) -> Tensor:
         """[B, T] values of the states in which the last T tokens were chosen, at least float32; 0 in masked slots."""
         args = (sequence_ids, attention_mask, action_mask)
         if self.trunk is not None:
-            values = head_of(self.trunk)(action_states(trunk_of(self.trunk), *args))
+            values = head_of(self.trunk)(action_states(trunk_of(self.trunk), *args, layout=layout))
         else:
             assert self.head is not None
             if self.adapted is not None:
                 with using(self.adapted, CRITIC):
-                    hidden = action_states(trunk_of(self.adapted), *args)
+                    hidden = action_states(trunk_of(self.adapted), *args, layout=layout)
             else:
                 assert actor_hidden is not None
                 hidden = actor_hidden[action_mask]
@@ -190,6 +197,11 @@ class Roles:
     def critic_reads_actor(self) -> bool:
         """Whether the critic is a head on the actor's hidden states, which the actor's forward then has to return."""
         return self.critic is not None and self.critic.trunk is None and self.critic.adapted is None
+
+    def trunks(self) -> list[PreTrainedModel]:
+        """The models under the heads, each once."""
+        models = [self.actor, self.reference, None if self.critic is None else self.critic.trunk]
+        return list({id(model): trunk_of(model) for model in models if model is not None}.values())
 
     def as_reference(self) -> AbstractContextManager[None]:
         """Inside it, what `reference` says is the reference's."""

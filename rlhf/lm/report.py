@@ -36,14 +36,16 @@ def collection_metrics(rollout: Rollout, experience: Experience) -> dict[str, fl
     """Of one round's completions, under the policy that made them."""
     batch = rollout.batch
     mask, total = batch.action_mask, batch.totals
+    assert rollout.predictions.log_probs is not None
+    gap = (rollout.predictions.log_probs - batch.untruncated_log_probs).abs().float()
     metrics = {
         "reward/mean": float(total.mean()),
         "reward/std": float(total.std(correction=0)),
         "completion/length": float(mask.sum(-1).float().mean()),
         "completion/finished": float(batch.is_finished.float().mean()),
         "entropy": mean_entropy(rollout.predictions, mask),
-        "sampler/log_prob_gap_mean": rollout.log_prob_gap[0],
-        "sampler/log_prob_gap": rollout.log_prob_gap[1],
+        "sampler/log_prob_gap_mean": float(gap.sum() / mask.sum()),
+        "sampler/log_prob_gap": float(gap.max()),
     }
     if len(rollout.reward_names) > 1:
         means = batch.components.nanmean(0).tolist()  # NaN, written as null, where a function applied to none

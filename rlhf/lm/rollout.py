@@ -57,7 +57,6 @@ class Rollout:
     predictions: Predictions
     reward_names: list[str]  # [K] of the batch's components
     group_ids: Tensor  # [B] int64
-    log_prob_gap: tuple[float, float]  # |the sampler's untruncated - recomputed| log-prob, nats: mean and max
     texts: list[tuple[Row, str, float]]  # (row, completion, score) of the local sequences
     tokens: int  # chosen in all draws
     draws: int  # times that prompts_per_step prompts were drawn: more than 1 with dynamic sampling
@@ -143,17 +142,15 @@ def collect(
         temperature=sampler.sampling.temperature,
         micro_batch_tokens=optimization.micro_batch_tokens,
         autocast=accelerator.autocast,
+        share_prompts=optimization.share_prompts,
+        with_actor=config.needs_old_log_probs,
     )
-    reported = batch.untruncated_log_probs[mine, : local.action_mask.shape[1]]
-    gap = (predictions.log_probs - reported).abs().float()
-    gaps = accelerator.gather(torch.stack([gap.sum(), local.action_mask.sum(), gap.max()])[None])
     drawn = torch.cat([has_signal(x.totals, samples) for x in batches])
     return Rollout(
         batch=batch,
         predictions=_gather_predictions(predictions, batch.action_mask.shape[1], accelerator),
         reward_names=[*map(name_of, reward_functions), *([OVERLONG] if config.algorithm.overlong_buffer else [])],
         group_ids=torch.arange(len(batch.scores), device=accelerator.device) // samples,
-        log_prob_gap=(float(gaps[:, 0].sum() / gaps[:, 1].sum()), float(gaps[:, 2].max())),
         texts=texts,
         tokens=sum(int(x.action_mask.sum()) for x in batches),
         draws=len(batches),
@@ -252,14 +249,8 @@ def _order(total: int, epoch: int, seed: int) -> list[int]:
 def _gather_predictions(predictions: Predictions, length: int, accelerator: Accelerator) -> Predictions:
     """Of all processes, padded to `length` completion tokens."""
 
-    def gathered(x: Tensor) -> Tensor:
-        return accelerator.gather(pad(x, (0, length - x.shape[1])))
-
     return Predictions(
-        gathered(predictions.log_probs),
-        gathered(predictions.entropy),
-        None if predictions.ref_log_probs is None else gathered(predictions.ref_log_probs),
-        None if predictions.values is None else gathered(predictions.values),
+        *(None if x is None else accelerator.gather(pad(x, (0, length - x.shape[1]))) for x in predictions)
     )
 
 

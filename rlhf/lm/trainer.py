@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from rlhf.lm.dynamic_sampling import Batch
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
 from rlhf.lm.generation import Engine, build_engine
 from rlhf.lm.hub import check_hub, push
+from rlhf.lm.layers import wrap_layers
 from rlhf.lm.lora import bare, load_trained_state, merged, save_adapter, trained_state
 from rlhf.lm.memory_plan import plan_run, show_plan, write_plan
 from rlhf.lm.models import assemble_roles, end_token_ids, load_actor, placed
+from rlhf.lm.optimizer import build_optimizer, check_optimizer
 from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_rows, verifier_counts
 from rlhf.lm.rewards import RewardFunction, RewardModel, on_trunk, whole_models
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
 from rlhf.lm.tasks import Task
-from rlhf.lm.update import Learner, hold_back, update
+from rlhf.lm.update import ActorRecord, Learner, hold_back, update
 from rlhf.lm.verifier_pool import running
 from rlhf.rewards import Moments, shape_scores
 from rlhf.run import (
@@ -87,6 +89,7 @@ class Trainer:
         self.reward_functions = [task.verifier] if reward_functions is None else list(reward_functions)
         self.reward_weights = reward_weights
         check_processes(config, accelerator)
+        check_optimizer(config.optimization)
         scorers = on_trunk((*self.reward_functions, task.verifier))
         if not scorers:
             check_rewards(self.reward_functions, reward_weights, task, tokenizer)
@@ -160,18 +163,13 @@ class Trainer:
             )
         )
         self.sampler = Sampler(engine, self.tokenizer, config.sampling, accelerator)
+        recompute, compiled = config.optimization.gradient_checkpointing, config.optimization.compile
+        for trunk in self.roles.trunks() if recompute or compiled else []:  # now that the engine has tried the model
+            wrap_layers(trunk, recompute=recompute, compiled=compiled)
 
     def _build_learner(self, groups: list[list[torch.nn.Parameter]]) -> Learner:
         optimization = self.config.optimization
-        critic_rate = optimization.critic_learning_rate
-        rates = [optimization.learning_rate, optimization.learning_rate if critic_rate is None else critic_rate]
-        optimizer = torch.optim.AdamW(
-            [{"params": group, "lr": rate} for group, rate in zip(groups, rates, strict=False)],
-            betas=(optimization.adam_beta1, optimization.adam_beta2),
-            eps=optimization.adam_epsilon,
-            weight_decay=optimization.weight_decay,
-            fused=True,  # one pass over weights, gradients and moments, where the default makes about twenty
-        )
+        optimizer = build_optimizer(groups, optimization)
         scheduler = get_scheduler(
             optimization.lr_schedule if optimization.lr_schedule != "constant" else "constant_with_warmup",
             optimizer,
@@ -265,11 +263,14 @@ class Trainer:
             weights=[*weights, *[1.0] * (len(rollout.reward_names) - len(weights))],
             is_finished=batch.is_finished,
         )
-        metrics = collection_metrics(rollout, experience)
-        metrics |= {"kl/coef": self.kl_coef, "lr": self.learner.scheduler.get_last_lr()[0]}
+        settings = {"kl/coef": self.kl_coef, "lr": self.learner.scheduler.get_last_lr()[0]}
         collected = time.perf_counter()
-        metrics |= self._update(experience)
+        record = ActorRecord(experience) if experience.old_log_probs is None else None
+        of_update = self._update(experience, record)
+        if record is not None:
+            rollout = replace(rollout, predictions=record.complete(rollout.predictions, self.accelerator))
         ended = time.perf_counter()
+        metrics = collection_metrics(rollout, experience) | settings | of_update
 
         self._adapt_kl_coef(sequence_kl(rollout.predictions, batch.action_mask))
         self.step += 1
@@ -293,12 +294,12 @@ class Trainer:
             clip=algorithm.score_clip, missing_eos_penalty=algorithm.missing_eos_penalty,
         )  # fmt: skip
 
-    def _update(self, experience: Experience) -> dict[str, float]:
+    def _update(self, experience: Experience, record: ActorRecord | None) -> dict[str, float]:
         def order(epoch: int) -> torch.Tensor:
             generator = generator_for(self.config.run.seed, "minibatches", self.step, epoch)
             return torch.randperm(len(experience), generator=generator)
 
-        return update(self.learner, experience, self.config, self.accelerator, minibatch_order=order)
+        return update(self.learner, experience, self.config, self.accelerator, minibatch_order=order, record=record)
 
     def _adapt_kl_coef(self, observed: float) -> None:
         algorithm = self.config.algorithm

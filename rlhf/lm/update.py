@@ -7,6 +7,7 @@ So the step is the same however many processes and micro-batches share it.
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
 from rlhf.kl import kl_estimate
-from rlhf.lm.batching import micro_batches
+from rlhf.lm.batching import LayoutKind, deal
 from rlhf.lm.config import TrainerConfig
-from rlhf.lm.experience import Experience
-from rlhf.lm.logprobs import packs, policy_output
+from rlhf.lm.experience import Experience, Plan, Predictions, plan_micro_batches, prompts_to_share
+from rlhf.lm.logprobs import PolicyOutput, policy_output
 from rlhf.lm.models import Roles
 from rlhf.masking import masked_sum
 from rlhf.objective import critic_loss, kl_to_reference, loss_denominator, policy_loss
@@ -50,11 +51,13 @@ def update(
     accelerator: Accelerator,
     *,
     minibatch_order: Callable[[int], Tensor],
+    record: "ActorRecord | None" = None,
 ) -> dict[str, float]:
     """Several epochs over the experience.
 
     Args:
         minibatch_order: epoch -> [B] permutation of the sequences, the same on every process.
+        record: gets what the actor says of this process's sequences.
     Returns:
         Metrics, the same on every process.
     """
@@ -63,7 +66,7 @@ def update(
     for epoch in range(optimization.epochs):
         order = minibatch_order(epoch).to(experience.advantages.device)
         for rows in order.chunk(optimization.minibatches):
-            for name, value in optimizer_step(learner, experience, rows, config, accelerator).items():
+            for name, value in optimizer_step(learner, experience, rows, config, accelerator, record).items():
                 totals[name] += value
     tokens = max(totals.pop("tokens"), 1)  # none, where every completion was truncated and left out
     steps = optimization.epochs * optimization.minibatches
@@ -75,7 +78,12 @@ PER_TOKEN = ("ratio/clip_fraction", "ratio/approx_kl", "value/clip_fraction")
 
 
 def optimizer_step(
-    learner: Learner, experience: Experience, rows: Tensor, config: TrainerConfig, accelerator: Accelerator
+    learner: Learner,
+    experience: Experience,
+    rows: Tensor,
+    config: TrainerConfig,
+    accelerator: Accelerator,
+    record: "ActorRecord | None" = None,
 ) -> dict[str, float]:
     """One optimizer step on these rows of the experience, of which this process computes its share.
 
@@ -90,9 +98,17 @@ def optimizer_step(
     mask = experience.sequences.action_mask[rows]
     shared = denominators(algorithm, mask, experience.sequences.valued[rows])
     sums: dict[str, Tensor] = {}
-    for part in my_micro_batches(learner.roles, experience, rows, config, accelerator):
+    parts, layout = my_micro_batches(learner.roles, experience, rows, config, accelerator)
+    for part in parts:
         with accelerator.autocast():
-            loss, terms = surrogate_objective(learner.roles, experience[part], config, shared)
+            loss, terms = surrogate_objective(
+                learner.roles,
+                experience[part],
+                config,
+                shared,
+                layout=layout,
+                observe=None if record is None else partial(record.keep, part),
+            )
         accelerator.backward(loss)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
@@ -111,16 +127,43 @@ def optimizer_step(
     return metrics
 
 
+class ActorRecord:
+    """Log-probs and entropies from the forwards of an update that is one optimizer step: those before it.
+
+    Args:
+        experience: the whole round's.
+    """
+
+    def __init__(self, experience: Experience) -> None:
+        self.found = torch.zeros_like(experience.advantages).repeat(2, 1, 1)
+
+    def keep(self, rows: Tensor, policy: PolicyOutput) -> None:
+        """What one micro-batch found of these rows."""
+        assert policy.entropy is not None
+        for kept, x in zip(self.found, (policy.log_probs, policy.entropy), strict=True):
+            kept[rows, : x.shape[1]] = x.detach().to(kept)
+
+    def complete(self, predictions: Predictions, accelerator: Accelerator) -> Predictions:
+        """The predictions with the actor's of all processes."""
+        log_probs, entropy = accelerator.reduce(self.found, reduction="sum")
+        return predictions._replace(log_probs=log_probs, entropy=entropy)
+
+
 def my_micro_batches(
     roles: Roles, experience: Experience, rows: Tensor, config: TrainerConfig, accelerator: Accelerator
-) -> list[Tensor]:
-    """This process's share of the rows, every n-th by length so that all have the same to do, cut by a token budget."""
-    lengths = experience.sequences.lengths[rows]
-    share = lengths.argsort(descending=True, stable=True)[accelerator.process_index :: accelerator.num_processes]
-    with accelerator.autocast():
-        packed = packs(roles.actor)
-    parts = micro_batches(lengths[share], tokens=config.optimization.micro_batch_tokens, packed=packed)
-    return [rows[share[part]] for part in parts]
+) -> Plan:
+    """This process's share of the rows, all processes having about the same to do, cut by a token budget."""
+    sequences, optimization, autocast = experience.sequences[rows], config.optimization, accelerator.autocast
+    prompts = prompts_to_share(roles, sequences, autocast) if optimization.share_prompts else None
+    share = deal(sequences.lengths, prompts, accelerator.num_processes)[accelerator.process_index]
+    parts, layout = plan_micro_batches(
+        roles,
+        sequences[share],
+        tokens=optimization.micro_batch_tokens,
+        share=prompts is not None,
+        autocast=autocast,
+    )
+    return Plan([rows[share[part]] for part in parts], layout)
 
 
 class Denominators(NamedTuple):
@@ -136,13 +179,21 @@ def denominators(algorithm: AlgorithmConfig, action_mask: Tensor, value_mask: Te
 
 
 def surrogate_objective(
-    roles: Roles, part: Experience, config: TrainerConfig, shared: Denominators
+    roles: Roles,
+    part: Experience,
+    config: TrainerConfig,
+    shared: Denominators,
+    *,
+    layout: LayoutKind | None = None,
+    observe: Callable[[PolicyOutput], None] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The scalar to minimise on a micro-batch: policy loss - entropy bonus + KL + value loss.
 
     Args:
         part: b sequences, [b, T] each.
         shared: `denominators` of the whole optimizer step; the micro-batches' results add up.
+        layout: how the tokens lie in each role's forward; None: as its model likes best.
+        observe: is shown the actor's log-probs and entropy.
     Returns:
         ([] loss in reward units, its terms and diagnostics [] by metric name).
     """
@@ -159,25 +210,30 @@ def surrogate_objective(
         roles.actor,
         *args,
         temperature=temperature,
-        with_entropy=algorithm.entropy_coef > 0,
+        with_entropy=algorithm.entropy_coef > 0 or observe is not None,
         with_hidden=roles.critic_reads_actor,
+        layout=layout,
     )
+    if observe is not None:
+        observe(policy)
+    old_log_probs = policy.log_probs.detach() if part.old_log_probs is None else part.old_log_probs
     surrogate = policy_loss(
         algorithm,
         policy.log_probs,
-        part.old_log_probs,
+        old_log_probs,
         part.advantages,
         mask,
         sampler_log_probs=part.sampler_log_probs,
     )
     loss = reduced(surrogate.loss)
-    old_kl = kl_estimate(part.old_log_probs, policy.log_probs, mask, estimator="k3")
+    old_kl = kl_estimate(old_log_probs, policy.log_probs, mask, estimator="k3")
     terms = {
         "policy/loss": loss,
         "ratio/clip_fraction": masked_sum(surrogate.is_clipped.float(), mask),
         "ratio/approx_kl": masked_sum(old_kl, mask),
     }
-    if policy.entropy is not None:
+    if algorithm.entropy_coef > 0:
+        assert policy.entropy is not None
         loss = loss - algorithm.entropy_coef * reduced(policy.entropy)
     if algorithm.kl_loss_coef > 0:
         assert part.ref_log_probs is not None
@@ -187,7 +243,7 @@ def surrogate_objective(
     if roles.critic is not None:
         assert part.returns is not None
         valued = sequences.valued
-        values = roles.critic(sequences.sequence_ids, sequences.attention_mask, valued, policy.hidden)
+        values = roles.critic(sequences.sequence_ids, sequences.attention_mask, valued, policy.hidden, layout=layout)
         value = critic_loss(algorithm, values, part.returns, valued, old_values=part.old_values)
         value_loss = reduce(value.loss, valued, denominator=shared.value, **options)
         loss = loss + algorithm.value_coef * value_loss

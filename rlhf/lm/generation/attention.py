@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf.checks import InputError
+from rlhf.lm.attention import attending_through
 
 NAME = "rlhf_slots"
 REMEDY = "use the plain engine: --engine transformers"
@@ -243,20 +244,13 @@ AttentionInterface.register(NAME, _slot_attention)
 def attending(model: nn.Module, attention: SlotAttention) -> Iterator[None]:
     """Within: the model attends through `attention`, in eval mode. Afterwards everything is as it was."""
     global _active
-    found = (getattr(module, "config", None) for module in model.modules())
-    configs = {id(config): config for config in found if isinstance(config, PreTrainedConfig)}
-    before = [(config, config._attn_implementation) for config in configs.values()]
     outer = _active
-    with _evaluating(model):
+    with _evaluating(model), attending_through(model, NAME):
         try:
             _active = attention
-            for config, _ in before:
-                config._attn_implementation = {"": NAME}  # of this config alone, not of those inside it
             yield
         finally:
             _active = outer
-            for config, implementation in before:
-                config._attn_implementation = {"": implementation}
 
 
 @contextmanager
