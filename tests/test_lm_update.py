@@ -268,9 +268,11 @@ def test_one_step_on_its_own_log_probs_is_the_step_on_predicted_ones_bit_for_bit
         groups = roles.parameter_groups()
         optimizer = torch.optim.SGD([{"params": g} for g in groups], lr=0.1)
         learner = Learner(roles, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0))
-        record = ActorRecord(experience)
+        record, heights = ActorRecord(experience), []
+        roles.actor.model.register_forward_hook(lambda _, args, out, seen=heights: seen.append(len(out[0])))
         order, accelerator = torch.arange(12), Accelerator()
         metrics = update(learner, experience, config, accelerator, minibatch_order=lambda _, x=order: x, record=record)
+        assert {1} == {*heights} if samples == 3 else max(heights) > 1, "shared prompts are one row"
         recorded = record.complete(predictions, accelerator)
         assert torch.equal(recorded.log_probs, everything.log_probs)
         assert torch.equal(recorded.entropy, everything.entropy)
