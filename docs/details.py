@@ -59,7 +59,7 @@ DETAILS = (
     Detail("PPO", "A critic with a trunk of its own that starts as the reward model", "--critic-from",
            "rlhf/lm/models.py", "def from_pretrained(cls, model", N_PLUS + ", " + SECRETS),
     Detail("PPO", "Or rounds at the start in which the critic alone learns", "--critic-warmup-steps",
-           "rlhf/lm/update.py", "def hold_back", SECRETS),
+           "rlhf/lm/optimizer.py", "def hold_back", SECRETS),
     Detail("PPO", "The ratio clipped", "--clip-low, --clip-high", "rlhf/losses.py", "def clipped_surrogate_loss",
            N_PLUS),
     Detail("PPO", "The value's step clipped", "--value-clip", "rlhf/losses.py", "def value_loss", N_PLUS),

@@ -1,15 +1,20 @@
-"""The optimizer that the config names."""
+"""The optimizer that the config names, and the course of its learning rates."""
 
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from rlhf.checks import InputError
 from rlhf.lm.config import OptimizationConfig
+from rlhf.lm.models import Roles
+from rlhf.lm.update import Learner
 
 FUSED_ON = ("cpu", "cuda")
 
@@ -42,3 +47,26 @@ def build_optimizer(groups: list[list[nn.Parameter]], optimization: Optimization
         return found
     fused = all(parameter.device.type in FUSED_ON for group in groups for parameter in group)
     return torch.optim.AdamW(named, fused=fused, **options)
+
+
+def build_learner(roles: Roles, optimization: OptimizationConfig, accelerator: Accelerator) -> Learner:
+    """The roles with their optimizer and its schedule."""
+    optimizer = build_optimizer(roles.parameter_groups(), optimization)
+    scheduler = get_scheduler(
+        optimization.lr_schedule if optimization.lr_schedule != "constant" else "constant_with_warmup",
+        optimizer,
+        num_warmup_steps=optimization.warmup_steps,
+        num_training_steps=optimization.optimizer_steps,
+    )
+    warmup = optimization.critic_warmup_steps * optimization.epochs * optimization.minibatches
+    if warmup:
+        hold_back(scheduler, warmup)
+    return Learner(roles, accelerator.prepare_optimizer(optimizer), scheduler)
+
+
+def hold_back(scheduler: LambdaLR, steps: int) -> None:
+    """Keep the first parameter group, the actor's, at learning rate 0 for so many steps of the schedule."""
+    schedule = scheduler.lr_lambdas[0]
+    scheduler.lr_lambdas[0] = lambda step: schedule(step) if step >= steps else 0.0
+    scheduler.optimizer.param_groups[0]["lr"] = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](0)
+    scheduler._last_lr[0] = scheduler.optimizer.param_groups[0]["lr"]

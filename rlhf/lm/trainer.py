@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, set_seed
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.kl import adapt_kl_coef_proportionally
 from rlhf.lm.checks import MAY_CHANGE, check_context, check_processes, check_rewards
@@ -23,12 +23,12 @@ from rlhf.lm.layers import wrap_layers
 from rlhf.lm.lora import bare, load_trained_state, merged, save_adapter, trained_state
 from rlhf.lm.memory_plan import plan_run, show_plan, write_plan
 from rlhf.lm.models import assemble_roles, end_token_ids, load_actor, placed
-from rlhf.lm.optimizer import build_optimizer, check_optimizer
+from rlhf.lm.optimizer import build_learner, check_optimizer
 from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_rows, verifier_counts
 from rlhf.lm.rewards import RewardFunction, RewardModel, on_trunk, whole_models
 from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
 from rlhf.lm.tasks import Task
-from rlhf.lm.update import ActorRecord, Learner, hold_back, update
+from rlhf.lm.update import ActorRecord, update
 from rlhf.lm.verifier_pool import running
 from rlhf.rewards import Moments, shape_scores
 from rlhf.run import (
@@ -148,7 +148,7 @@ class Trainer:
             critic_from=config.source.critic_from,
             adapter=config.adapter,
         )
-        self.learner = self._build_learner(self.roles.parameter_groups())
+        self.learner = build_learner(self.roles, config.optimization, accelerator)
         eos_token_ids = end_token_ids(self.roles.actor, self.tokenizer)
         engine = (
             make_engine(self.roles.actor)
@@ -166,20 +166,6 @@ class Trainer:
         recompute, compiled = config.optimization.gradient_checkpointing, config.optimization.compile
         for trunk in self.roles.trunks() if recompute or compiled else []:  # now that the engine has tried the model
             wrap_layers(trunk, recompute=recompute, compiled=compiled)
-
-    def _build_learner(self, groups: list[list[torch.nn.Parameter]]) -> Learner:
-        optimization = self.config.optimization
-        optimizer = build_optimizer(groups, optimization)
-        scheduler = get_scheduler(
-            optimization.lr_schedule if optimization.lr_schedule != "constant" else "constant_with_warmup",
-            optimizer,
-            num_warmup_steps=optimization.warmup_steps,
-            num_training_steps=optimization.optimizer_steps,
-        )
-        warmup = optimization.critic_warmup_steps * optimization.epochs * optimization.minibatches
-        if warmup:
-            hold_back(scheduler, warmup)
-        return Learner(self.roles, self.accelerator.prepare_optimizer(optimizer), scheduler)
 
     def _begin(self) -> None:
         """Create the run folder, now that nothing can be wrong any more; from here on the run can be resumed."""

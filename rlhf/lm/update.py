@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
@@ -34,14 +33,6 @@ class Learner(NamedTuple):
     roles: Roles
     optimizer: Any  # accelerate's wrapper of AdamW, one parameter group per role
     scheduler: Any  # of the learning rate, one step per optimizer step
-
-
-def hold_back(scheduler: LambdaLR, steps: int) -> None:
-    """Keep the first parameter group, the actor's, at learning rate 0 for so many steps of the schedule."""
-    schedule = scheduler.lr_lambdas[0]
-    scheduler.lr_lambdas[0] = lambda step: schedule(step) if step >= steps else 0.0
-    scheduler.optimizer.param_groups[0]["lr"] = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](0)
-    scheduler._last_lr[0] = scheduler.optimizer.param_groups[0]["lr"]
 
 
 def update(
