@@ -11,6 +11,7 @@ Preset = Literal["fast", "v5"]
 Advantage = Literal["episode", "mc", "td", "gae"]
 PolicyLoss = Literal["reinforce", "clip", "kl"]
 Precision = Literal["auto", "float32", "bfloat16"]
+LRSchedule = Literal["linear", "geometric"]
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,9 @@ class OptimizationConfig:
     """Steps per optimizer step."""
     learning_rate: float = 2.5e-4
     final_learning_rate: float = 0.0
-    """The rate falls linearly to this."""
+    """What the rate falls to."""
+    lr_schedule: LRSchedule = "linear"
+    """linear: by the same amount every rollout; geometric: by the same factor, to a final rate above 0."""
     adam_epsilon: float = 1e-5
     max_grad_norm: float = 0.5
 
@@ -177,7 +180,9 @@ class OptimizationConfig:
             )
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
             check_range(name, getattr(self, name), low=0, low_open=True)
-        check_range("final_learning_rate", self.final_learning_rate, low=0)
+        check_choice("lr_schedule", self.lr_schedule, get_args(LRSchedule))
+        falls_by_a_factor = self.lr_schedule == "geometric"
+        check_range("final_learning_rate", self.final_learning_rate, low=0, low_open=falls_by_a_factor)
 
     @property
     def steps_per_rollout(self) -> int:
@@ -303,5 +308,7 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
         game=fast,
         algorithm=algorithm,
         network=NetworkConfig(channels=(16, 32), kernels=((8, 6), (4, 3)), strides=(4, 2), hidden=256),
-        optimization=OptimizationConfig(total_steps=700_000, learning_rate=2e-3, final_learning_rate=2e-5),
+        optimization=OptimizationConfig(
+            total_steps=700_000, learning_rate=2e-3, final_learning_rate=2e-5, lr_schedule="geometric"
+        ),
     )

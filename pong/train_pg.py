@@ -27,8 +27,9 @@ def defaults() -> PongConfig:
     fast = preset("fast")
     algorithm = replace(fast.algorithm, advantage="mc", loss="reinforce", baseline=False, entropy_coef=0.01)
     optimization = replace(
-        fast.optimization, rollout_steps=256, minibatch_size=512, total_steps=1_500_000, learning_rate=5e-4
-    )
+        fast.optimization, rollout_steps=256, minibatch_size=512, total_steps=1_500_000, learning_rate=5e-4,
+        lr_schedule="linear",
+    )  # fmt: skip
     run = replace(fast.run, run_dir=Path("runs/pong_pg"))
     return replace(fast, algorithm=algorithm, optimization=optimization, run=run)
 

@@ -183,16 +183,18 @@ class PongTrainer:
         return metrics, rollout.episodes
 
     def _scheduled(self) -> tuple[float, float, float]:
-        """Learning rate, entropy coefficient and discount: linear over the run."""
+        """Learning rate, entropy coefficient and discount; linear over the run, the first perhaps geometric."""
         optimization, algorithm = self.config.optimization, self.config.algorithm
         share = self.rollouts / optimization.rollouts
 
         def between(first: float, final: float) -> float:
             return first + share * (final - first)
 
+        rate, final_rate = optimization.learning_rate, optimization.final_learning_rate
+        is_geometric = optimization.lr_schedule == "geometric"
         final_gamma = algorithm.gamma if algorithm.final_gamma is None else algorithm.final_gamma
         return (
-            between(optimization.learning_rate, optimization.final_learning_rate),
+            rate * (final_rate / rate) ** share if is_geometric else between(rate, final_rate),
             between(algorithm.entropy_coef, algorithm.final_entropy_coef),
             between(algorithm.gamma, final_gamma),
         )

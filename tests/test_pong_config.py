@@ -24,6 +24,8 @@ from rlhf.checks import InputError
         (AlgorithmConfig, {"gamma": 1.1}, "gamma"),
         (NetworkConfig, {"strides": (4,)}, "one entry per convolution"),
         (OptimizationConfig, {"envs": 3}, "even"),
+        (OptimizationConfig, {"lr_schedule": "cosine"}, "'linear', 'geometric'"),
+        (OptimizationConfig, {"lr_schedule": "geometric", "final_learning_rate": 0.0}, "final_learning_rate"),
         (OptimizationConfig, {"minibatch_size": 300}, "must divide envs \\* rollout_steps = 2048"),
     ],
 )
