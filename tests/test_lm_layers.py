@@ -20,7 +20,7 @@ from rlhf.lm.generation import SlotEngine, TransformersEngine
 from rlhf.lm.layers import wrap_layers
 from rlhf.lm.logprobs import policy_output
 from rlhf.lm.models import assemble_roles
-from rlhf.lm.update import surrogate_objective
+from rlhf.lm.update import Denominators, surrogate_objective
 
 BATCH = sequences_of(["1+2=", "12345+678=", "9", "12345+678="], ["3", "12", "4567", "="])
 ARGS = (BATCH.sequence_ids, BATCH.attention_mask, BATCH.action_mask)
@@ -100,11 +100,11 @@ def test_recomputed_layers_see_the_adapter_they_saw(critic: Any) -> None:
     scores, groups = torch.arange(4, dtype=torch.float64), torch.arange(4)
     experience = build_experience(BATCH, scores, groups, found, algorithm, kl_reward_coef=0.0)
     parameters = [p for group in roles.parameter_groups() for p in group]
-    gradients = []
+    gradients, shared = [], Denominators(torch.tensor(7.0), torch.tensor(7.0))
     for recompute in (False, True):
         if recompute:
             wrap_layers(actor, recompute=True, compiled=False)
-        loss, _ = surrogate_objective(roles, experience, config, torch.tensor(7.0), layout="shared")
+        loss, _ = surrogate_objective(roles, experience, config, shared, layout="shared")
         gradients.append(torch.autograd.grad(loss, parameters))
         assert all(p.requires_grad for p in parameters)
     scale = max(float(g.abs().max()) for g in gradients[0])
