@@ -176,6 +176,20 @@ def test_processes_share_an_optimizer_step_evenly(processes: int, kind: str, mon
     assert max(tokens) - min(tokens) <= int(lengths.max())
 
 
+def test_a_process_may_be_left_without_a_sequence() -> None:
+    """One prompt's completions go to one process, and one sequence to one; the others have no micro-batch."""
+    config = config_for(ALGORITHMS["grpo"])
+    roles = make_roles(config.algorithm)
+    experience = make_experience(roles, config, samples=3)
+    for rows in (torch.tensor([0, 1, 2]), torch.tensor([7])):
+        shares = []
+        for process in range(2):
+            accelerator = SimpleNamespace(process_index=process, num_processes=2, autocast=nullcontext)
+            parts, _ = my_micro_batches(roles, experience, rows, config, accelerator)
+            shares.append(sorted(i for part in parts for i in part.tolist()))
+        assert shares == [rows.tolist(), []]
+
+
 @pytest.mark.parametrize("tokens", [1, 23, 10_000])
 def test_predictions_stand_where_their_sequences_do(tokens: int) -> None:
     roles = make_roles(ALGORITHMS["ppo"])

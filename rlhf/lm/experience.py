@@ -40,7 +40,8 @@ class Sequences:
         attention_mask, valued = self.attention_mask[rows], self.valued[rows]
         prompt = self.attention_mask.shape[1] - self.action_mask.shape[1]
         used, chosen = attention_mask.any(0).nonzero(), valued.any(0).nonzero()
-        first, length = int(used.min()), int(chosen.max()) + 1 if len(chosen) else 1
+        first = int(used.min()) if len(used) else prompt  # of no rows
+        length = int(chosen.max()) + 1 if len(chosen) else 1
         columns = slice(min(first, prompt - 1), prompt + length)
         return Sequences(
             self.sequence_ids[rows, columns],
