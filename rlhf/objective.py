@@ -228,9 +228,11 @@ def critic_loss(
     if width is not None and numbers.value_clip_replaces:
         if old_values is None:
             raise InputError("value_clip needs old_values: the critic's values before this update")
-        values = old_values.detach() + (values - old_values.detach()).clamp(-width, width)
-        width = None
-    terms = losses.value_loss(values, returns, value_mask, old_values=old_values, value_clip=width)
+        change = values - old_values.detach()
+        terms = losses.value_loss(old_values.detach() + change.clamp(-width, width), returns, value_mask)
+        terms = terms._replace(is_clipped=(change.detach().abs() > width) & value_mask)
+    else:
+        terms = losses.value_loss(values, returns, value_mask, old_values=old_values, value_clip=width)
     return terms._replace(loss=numbers.value_loss_factor * terms.loss)
 
 

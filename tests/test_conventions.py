@@ -127,7 +127,8 @@ def test_a_clipped_value_may_take_the_place_of_the_other() -> None:
     old, returns = torch.zeros(1, 2, dtype=torch.float64), torch.tensor([[0.0, 1.0]], dtype=torch.float64)
     mask = torch.ones(1, 2, dtype=torch.bool)
     args = (values, returns, mask)
-    theirs = critic_loss(AlgorithmConfig(convention="stable_baselines3"), *args, old_values=old).loss
+    theirs, is_clipped = critic_loss(AlgorithmConfig(convention="stable_baselines3"), *args, old_values=old)
+    assert is_clipped.tolist() == [[True, False]]
     torch.testing.assert_close(theirs, torch.tensor([[0.2**2, 0.9**2]], dtype=torch.float64))
     torch.testing.assert_close(
         torch.autograd.grad(theirs.sum(), values)[0], torch.tensor([[0.0, -1.8]], dtype=torch.float64)

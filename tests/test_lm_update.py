@@ -335,6 +335,23 @@ def test_clipping_and_a_changed_policy_are_part_of_the_split_test() -> None:
     assert 0 < float(terms["ratio/clip_fraction"]) < int(experience.sequences.action_mask.sum())
 
 
+def test_shares_of_clipped_tokens_are_at_most_one() -> None:
+    """Returns below every value and old values far above: every value is clipped, in the slot after the last action
+    too. Each share is of the tokens that its loss is about."""
+    config = config_for(ALGORITHMS["ppo, TRL's slot after the last action"])
+    roles = make_roles(config.algorithm)
+    experience = make_experience(roles, config)
+    valued = experience.sequences.valued
+    assert int(valued.sum()) > int(experience.sequences.action_mask.sum())
+    far = dict(old_values=torch.where(valued, 50.0, 0.0), returns=torch.where(valued, -50.0, 0.0))
+    experience = dataclasses.replace(experience, **far)
+    optimizer = torch.optim.SGD([{"params": g} for g in roles.parameter_groups()], lr=0.0)
+    learner = Learner(roles, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0))
+    metrics = update(learner, experience, config, Accelerator(), minibatch_order=lambda _: torch.arange(12))
+    assert metrics["value/clip_fraction"] == 1.0
+    assert 0 < metrics["ratio/clip_fraction"] < 1
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_garbage_in_padding_changes_nothing(name: str) -> None:
     """Token ids of the padding, and NaN in every masked slot of the experience: the same gradient, bit for bit."""

@@ -59,13 +59,15 @@ def update(
         for rows in order.chunk(optimization.minibatches):
             for name, value in optimizer_step(learner, experience, rows, config, accelerator, record).items():
                 totals[name] += value
-    tokens = max(totals.pop("tokens"), 1)  # none, where every completion was truncated and left out
+    # None, where every completion was truncated and left out.
+    counts = {name: max(totals.pop(name), 1) for name in dict.fromkeys(PER_TOKEN.values())}
     steps = optimization.epochs * optimization.minibatches
-    return {name: value / (tokens if name in PER_TOKEN else steps) for name, value in totals.items()}
+    return {name: value / (counts[PER_TOKEN[name]] if name in PER_TOKEN else steps) for name, value in totals.items()}
 
 
-# Metrics that a step reports as sums over its tokens; the others are per step.
-PER_TOKEN = ("ratio/clip_fraction", "ratio/approx_kl", "value/clip_fraction")
+# Metrics that a step reports as sums, and over what: the actions, or the states whose value is learned. The others are
+# per step.
+PER_TOKEN = {"ratio/clip_fraction": "tokens", "ratio/approx_kl": "tokens", "value/clip_fraction": "states"}
 
 
 def optimizer_step(
@@ -81,13 +83,14 @@ def optimizer_step(
     Args:
         rows: [b] indices into the experience, the same on every process.
     Returns:
-        Metrics: those in PER_TOKEN as sums over the step's tokens, the others as they are; the same on every process.
+        Metrics: those in PER_TOKEN as sums, and what to divide them by; the others as they are. The same on every
+        process.
     Raises:
         InputError: a gradient is not finite; nothing was changed.
     """
     algorithm = config.algorithm
-    mask = experience.sequences.action_mask[rows]
-    shared = denominators(algorithm, mask, experience.sequences.valued[rows])
+    mask, valued = experience.sequences.action_mask[rows], experience.sequences.valued[rows]
+    shared = denominators(algorithm, mask, valued)
     sums: dict[str, Tensor] = {}
     parts, layout = my_micro_batches(learner.roles, experience, rows, config, accelerator)
     for part in parts:
@@ -113,7 +116,7 @@ def optimizer_step(
     learner.optimizer.zero_grad()
 
     metrics = _sum_over_processes(sums, _metric_names(algorithm), accelerator)
-    metrics["tokens"] = float(mask.sum())
+    metrics |= {"tokens": float(mask.sum()), "states": float(valued.sum())}
     metrics |= {f"grad_norm/{role}": float(norm) for role, norm in zip(("actor", "critic"), norms, strict=False)}
     return metrics
 
