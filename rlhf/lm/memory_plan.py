@@ -3,7 +3,7 @@
 Weights, gradients and AdamW's moments are counted on twins of the models that have shapes but no storage (torch's meta
 device), put together by the same functions as the real ones: these numbers are exact. Activations are what autograd
 saves in a forward of such a twin over one micro-batch; the cache and the output head's arrays follow from the config.
-Not counted: torch itself, what a backward pass needs for a moment, fragments.
+Not counted: torch itself, what a backward pass needs for a moment, a quantised trunk's scales, fragments.
 """
 
 import copy
@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 
 from rlhf.checks import InputError, brief
 from rlhf.lm.batching import CPU_TOKENS, GPU_TOKENS
-from rlhf.lm.config import TrainerConfig
+from rlhf.lm.config import OptimizerKind, TrainerConfig
 from rlhf.lm.generation.memory import SAMPLING_COPIES, free_bytes
 from rlhf.lm.head import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, KEPT_BYTES, widened
+from rlhf.lm.layers import wrap_layers
 from rlhf.lm.logprobs import trunk_of
 from rlhf.lm.lora import CRITIC, add_adapter, using
 from rlhf.lm.models import Critic, Roles, assemble_roles, head_of
@@ -35,6 +36,7 @@ from rlhf.run.atomic import written_aside
 HEAD_ARRAYS = 3  # of a chunk's logits, at a time: logits, log-softmax and the gradient
 SHORT_ROW = 8  # tokens; where attention saves nothing that grows with a row's square, rows' lengths do not matter
 MOMENTS = 2  # of AdamW, each in the parameter's type
+BLOCK, FROM = 256, 4096  # of bitsandbytes' AdamW: numbers that share a float32 scale; the least that it quantises
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,10 @@ def plan_memory(
         critic=0 if roles.critic is None else _held_by(roles.critic),
         reference=_held_by(roles.actor) if reference else 0,
         reward_models=sum(_held_by(model) for model in reward_models),
-        optimizer=MOMENTS * gradients + 4 * len(trained),  # and each parameter's count of steps
+        optimizer=_moments_bytes(trained, optimization.optimizer),
         cache=slots * _cache_bytes(actor, longest, autocast_dtype or actor.dtype),
         gradients=gradients * (1 if num_processes == 1 else 3),  # one copy to send, one received
-        activations=_saved_by(roles, tokens, longest, autocast_dtype),
+        activations=_saved_by(roles, tokens, longest, autocast_dtype, recompute=optimization.gradient_checkpointing),
         head=_head_bytes(actor, tokens * sampling.max_new_tokens // longest, device),
         slots=slots,
         micro_batch_tokens=tokens,
@@ -160,13 +162,23 @@ def _held_by(model: nn.Module) -> int:
     return _bytes([*model.parameters(), *model.buffers()])
 
 
+def _moments_bytes(trained: Sequence[nn.Parameter], kind: OptimizerKind) -> int:
+    if kind == "adamw":
+        return sum(MOMENTS * p.nbytes + 4 for p in trained)  # 4: the count of steps
+    small = sum(p.numel() for p in trained if p.numel() < FROM)
+    blocks = [(p.numel(), -(-p.numel() // BLOCK)) for p in trained if p.numel() >= FROM]
+    return MOMENTS * (4 * small + sum(numbers + 4 * scales for numbers, scales in blocks))
+
+
 # -- twins without storage --------------------------------------------------------------------------------------------
 
 
 def _twin_of(model: PreTrainedModel) -> PreTrainedModel:
     memo: dict[int, Any] = {id(x): torch.empty_like(x, device="meta") for x in model.buffers()}
     for x in model.parameters():
-        memo[id(x)] = nn.Parameter(torch.empty_like(x, device="meta"), requires_grad=x.requires_grad)
+        twin = nn.Parameter(torch.empty_like(x, device="meta"), requires_grad=x.requires_grad)
+        twin.__dict__.update(x.__dict__)  # what bitsandbytes' parameters carry, and peft asks them for
+        memo[id(x)] = twin
     return copy.deepcopy(model, memo)
 
 
@@ -190,8 +202,20 @@ def _twin_roles(actor: PreTrainedModel, config: TrainerConfig) -> Roles:
     return roles
 
 
-def _saved_by(roles: Roles, tokens: int, longest: int, autocast_dtype: torch.dtype | None) -> int | None:
-    """What the forward passes of actor and critic over one micro-batch save for the backward pass."""
+def _saved_by(
+    roles: Roles, tokens: int, longest: int, autocast_dtype: torch.dtype | None, *, recompute: bool
+) -> int | None:
+    """What the forward passes of actor and critic over one micro-batch save for the backward pass; with `recompute` the
+    layers' inputs, and what one layer saves when it runs again."""
+    if recompute:
+        kept = _saved_by(roles, tokens, longest, autocast_dtype, recompute=False)
+        trunks = roles.trunks()
+        for trunk in trunks:
+            wrap_layers(trunk, recompute=True, compiled=False)
+        inputs = _saved_by(roles, tokens, longest, autocast_dtype, recompute=False)
+        if kept is None or inputs is None:
+            return None
+        return inputs + (kept - inputs) // trunks[0].config.get_text_config().num_hidden_layers
     try:
         total = _saved_in_forward(trunk_of(roles.actor), tokens, longest, autocast_dtype)
         if roles.critic is not None and roles.critic.trunk is not None:
@@ -302,6 +326,10 @@ def _advice(
         changed["--critic shared"] = replace(config, algorithm=replace(config.algorithm, critic="shared"))
     if config.adapter.lora_rank == 0:
         changed["--lora-rank 16"] = replace(config, adapter=replace(config.adapter, lora_rank=16))
+    if not config.optimization.gradient_checkpointing and plan.activations is not None:
+        changed["--gradient-checkpointing"] = replace(
+            config, optimization=replace(config.optimization, gradient_checkpointing=True)
+        )
     fewer = max(plan.micro_batch_tokens // 4, 1)
     changed[f"--micro-batch-tokens {fewer}"] = replace(
         config, optimization=replace(config.optimization, micro_batch_tokens=fewer)
@@ -312,7 +340,10 @@ def _advice(
     )
     found = []
     for option, other in changed.items():
-        peak = replan(other).peak
+        try:
+            peak = replan(other).peak
+        except InputError:  # an option that this model does not know
+            continue
         if peak < plan.peak:
             fits = ", and then it fits" if peak <= free else ""
             found.append((plan.peak - peak, f"{option} saves {_size(plan.peak - peak)}{fits}"))
