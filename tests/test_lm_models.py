@@ -3,6 +3,8 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from transformers import AutoModelForTokenClassification, GenerationConfig
 from rlhf.checks import InputError
 from rlhf.lm.embedded import build_tokenizer
 from rlhf.lm.logprobs import policy_output
-from rlhf.lm.models import Critic, Roles, assemble_roles, end_token_ids, load_actor, load_tokenizer
+from rlhf.lm.models import Critic, Roles, assemble_roles, end_token_ids, load_actor, load_tokenizer, placed
 
 PROMPTS = ["1+2=", "12345+678=", "9"]
 COMPLETIONS = ["3", "12", "4567"]
@@ -267,3 +269,15 @@ def test_a_completion_ends_with_the_tokenizers_token_and_the_models(
     model = tiny_model()
     model.generation_config = GenerationConfig(eos_token_id=configured)
     assert end_token_ids(model, tokenizer) == expected
+
+
+@pytest.mark.parametrize(("device", "moved"), [("cuda", []), ("cuda:1", []), ("cuda:0", ["cuda:0"]), ("cpu", ["cpu"])])
+def test_a_model_that_is_on_the_device_is_not_moved(
+    device: str, moved: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one process accelerate gives no number of the GPU, and a model has one."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    found: list[str] = []
+    model: Any = SimpleNamespace(device=torch.device("cuda:1"), to=lambda where: found.append(str(where)))
+    placed(model, torch.device(device))
+    assert found == moved

@@ -307,6 +307,8 @@ def loading(adapter: AdapterConfig) -> dict[str, Any]:
 
 def placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """On the device; a quantised model is loaded there and must not be moved."""
+    if device == torch.device("cuda"):  # accelerate's name for it where there is one process
+        device = torch.device("cuda", torch.cuda.current_device())
     return model if model.device == device else model.to(device)  # type: ignore[arg-type]
 
 
