@@ -181,8 +181,12 @@ class OptimizationConfig:
         for name in ("learning_rate", "adam_epsilon", "max_grad_norm"):
             check_range(name, getattr(self, name), low=0, low_open=True)
         check_choice("lr_schedule", self.lr_schedule, get_args(LRSchedule))
-        falls_by_a_factor = self.lr_schedule == "geometric"
-        check_range("final_learning_rate", self.final_learning_rate, low=0, low_open=falls_by_a_factor)
+        check_range("final_learning_rate", self.final_learning_rate, low=0)
+        if self.lr_schedule == "geometric" and self.final_learning_rate == 0:
+            raise InputError(
+                "final_learning_rate = 0, which no rate that falls by a factor reaches: give a small one above 0, or pass "
+                "--lr-schedule linear"
+            )
 
     @property
     def steps_per_rollout(self) -> int:

@@ -25,7 +25,7 @@ from rlhf.checks import InputError
         (NetworkConfig, {"strides": (4,)}, "one entry per convolution"),
         (OptimizationConfig, {"envs": 3}, "even"),
         (OptimizationConfig, {"lr_schedule": "cosine"}, "'linear', 'geometric'"),
-        (OptimizationConfig, {"lr_schedule": "geometric", "final_learning_rate": 0.0}, "final_learning_rate"),
+        (OptimizationConfig, {"lr_schedule": "geometric", "final_learning_rate": 0.0}, "lr-schedule linear"),
         (OptimizationConfig, {"minibatch_size": 300}, "must divide envs \\* rollout_steps = 2048"),
     ],
 )
