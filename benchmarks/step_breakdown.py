@@ -6,10 +6,10 @@
 Random Qwen2s on one thread, float32, in a fresh process for each shape; medians of steps after the first. On a CPU
 time is the process's own, which a busy neighbour stretches less than the wall's. The floor of each part is arithmetic
 at the speed of a 1024 x 1024 matrix product measured in the same process: 2 FLOPs per weight and token forward, 4
-backward, the output matrix for completion tokens only; for the optimizer, reading weights, gradients and moments and
-writing all but the gradients, at the speed of a copy. Generating reads each prompt once for its group; each of its
-steps reads all weights, and the larger of both floors counts. Attention itself is in no floor. Memory is the largest
-resident size beyond what the process held after its imports, beside what `rlhf.lm.memory_plan` planned.
+backward, the output matrix for completion tokens only and each prompt once for its group; for the optimizer, reading
+weights, gradients and moments and writing all but the gradients, at the speed of a copy. Each step of generating reads
+all weights, and the larger of both floors counts. Attention itself is in no floor. Memory is the largest resident size
+beyond what the process held after its imports, beside what `rlhf.lm.memory_plan` planned.
 """
 
 import multiprocessing
@@ -121,17 +121,17 @@ def floor(trainer: Any, options: Options, clock: Clock, kind: int) -> dict[str, 
     config = actor.config
     head = config.vocab_size * config.hidden_size
     trunk = sum(p.numel() for p in actor.parameters()) - head  # tied: one matrix, and looking words up is free
-    actions, prompts = clock.counts["completion tokens"], clock.counts["prompt tokens"]
-    forward = 2 * (trunk * (actions + prompts) + head * actions)
-    values = 2 * trunk * (actions + prompts) if critic is not None else 0
+    actions = clock.counts["completion tokens"]
+    tokens = actions + clock.counts["prompt tokens"] / options.samples_per_prompt
+    forward = 2 * (trunk * tokens + head * actions)
+    before = forward if trainer.config.needs_old_log_probs else 0
+    values = 2 * trunk * tokens if critic is not None else 0
     reference = forward if trainer.roles.reference is not None else 0
-    read_once = prompts / options.samples_per_prompt
     weights = sum(p.nbytes for p in actor.parameters())
     trained = sum(p.nbytes for group in trainer.roles.parameter_groups() for p in group)
-    arithmetic = 2 * (trunk * (actions + read_once) + head * actions) / flops
     return {
-        "generate": max(arithmetic, options.max_new_tokens * weights / bandwidth),
-        "predict": (forward + reference + values) / flops,
+        "generate": max(forward / flops, options.max_new_tokens * weights / bandwidth),
+        "predict": (before + reference + values) / flops,
         "forward": (forward + values) / flops,
         "backward": 2 * (forward + values) / flops,
         "optimizer": 7 * trained / bandwidth,

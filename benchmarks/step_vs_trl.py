@@ -50,8 +50,9 @@ EQUALISED = """
 - `gradient_checkpointing`: off, but for trl-checkpointing. TRL's default is on.
 
 Not equalised: TRL pads to the longest of the batch and takes `per_device_train_batch_size` sequences at a time; we cut
-micro-batches by tokens, sorted by length. On-policy, TRL takes the update's own log-probs as the old ones; we compute
-what our trainer computes. Our PPO has a critic and a reference on top, TRL's GRPO has neither."""
+micro-batches by tokens, sorted by length, and compute a prompt once for its group where that pays. Both take the
+update's own log-probs as the old ones, on-policy. Our PPO has a critic and a reference on top and its KL in the
+reward, TRL's GRPO has none of these."""
 
 
 # ---- The contest -----------------------------------------------------------------------------------------------------
