@@ -184,7 +184,7 @@ class OptimizationConfig:
         check_range("final_learning_rate", self.final_learning_rate, low=0)
         if self.lr_schedule == "geometric" and self.final_learning_rate == 0:
             raise InputError(
-                "final_learning_rate = 0, which no rate that falls by a factor reaches: give a small one above 0, or pass "
+                "final_learning_rate = 0, which no rate that falls by a factor reaches: give one above 0, or pass "
                 "--lr-schedule linear"
             )
 
