@@ -21,7 +21,7 @@ from rlhf.lm.batching import LayoutKind, deal
 from rlhf.lm.config import TrainerConfig
 from rlhf.lm.experience import Experience, Plan, Predictions, plan_micro_batches, prompts_to_share
 from rlhf.lm.logprobs import PolicyOutput, policy_output
-from rlhf.lm.models import Roles
+from rlhf.lm.models import Critic, Roles
 from rlhf.masking import masked_sum
 from rlhf.objective import critic_loss, kl_to_reference, loss_denominator, policy_loss
 from rlhf.reduce import reduce
@@ -106,6 +106,8 @@ def optimizer_step(
         accelerator.backward(loss)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0.0) + value.detach().double()
+    if not parts and accelerator.scaler is not None:
+        accelerator.scaler.scale(torch.zeros((), device=accelerator.device))  # made at its first use, needed below
     groups = learner.roles.parameter_groups()
     sum_gradients([p for group in groups for p in group], accelerator)
     accelerator.unscale_gradients()
@@ -195,10 +197,9 @@ def surrogate_objective(
     sequences, mask = part.sequences, part.sequences.action_mask
     args = (sequences.sequence_ids, sequences.attention_mask, mask)
 
-    options: dict[str, Any] = {"how": algorithm.reduction, "length": config.sampling.max_new_tokens}
-
     def reduced(per_token: Tensor) -> Tensor:
-        return reduce(per_token, mask, denominator=shared.policy, **options)
+        length = config.sampling.max_new_tokens
+        return reduce(per_token, mask, how=algorithm.reduction, denominator=shared.policy, length=length)
 
     policy = policy_output(
         roles.actor,
@@ -235,15 +236,30 @@ def surrogate_objective(
         loss = loss + algorithm.kl_loss_coef * kl
         terms["kl/loss"] = kl
     if roles.critic is not None:
-        assert part.returns is not None
-        valued = sequences.valued
-        values = roles.critic(sequences.sequence_ids, sequences.attention_mask, valued, policy.hidden, layout=layout)
-        value = critic_loss(algorithm, values, part.returns, valued, old_values=part.old_values)
-        value_loss = reduce(value.loss, valued, denominator=shared.value, **options)
-        loss = loss + algorithm.value_coef * value_loss
-        terms["value/loss"] = value_loss
-        terms["value/clip_fraction"] = masked_sum(value.is_clipped.float(), valued)
+        value_terms = _value_terms(roles.critic, part, config, shared.value, policy.hidden, layout)
+        loss = loss + algorithm.value_coef * value_terms["value/loss"]
+        terms |= value_terms
     return loss, terms
+
+
+def _value_terms(
+    critic: Critic,
+    part: Experience,
+    config: TrainerConfig,
+    denominator: Tensor,
+    actor_hidden: Tensor | None,
+    layout: LayoutKind | None,
+) -> dict[str, Tensor]:
+    """The critic's part of the objective, by metric name."""
+    assert part.returns is not None
+    sequences, valued, algorithm = part.sequences, part.sequences.valued, config.algorithm
+    values = critic(sequences.sequence_ids, sequences.attention_mask, valued, actor_hidden, layout=layout)
+    value = critic_loss(algorithm, values, part.returns, valued, old_values=part.old_values)
+    length = config.sampling.max_new_tokens
+    return {
+        "value/loss": reduce(value.loss, valued, how=algorithm.reduction, denominator=denominator, length=length),
+        "value/clip_fraction": masked_sum(value.is_clipped.float(), valued),
+    }
 
 
 def sum_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
