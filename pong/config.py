@@ -313,6 +313,6 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
         algorithm=algorithm,
         network=NetworkConfig(channels=(16, 32), kernels=((8, 6), (4, 3)), strides=(4, 2), hidden=256),
         optimization=OptimizationConfig(
-            total_steps=700_000, learning_rate=2e-3, final_learning_rate=2e-5, lr_schedule="geometric"
+            total_steps=1_000_000, learning_rate=2e-3, final_learning_rate=2e-5, lr_schedule="geometric"
         ),
     )
