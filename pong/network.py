@@ -18,7 +18,7 @@ class ActorCritic(nn.Module):
         frame_shape: (rows, columns).
         actions: how many the agent chooses from.
         pixel_unit: grey levels that are seen as 1.
-        precision: of convolutions and matrix products, while collecting and while learning alike.
+        precision: of the trunk, while collecting and while learning alike; the heads are float32.
     Raises:
         InputError: the frame is too small for the convolutions.
     """
@@ -66,6 +66,6 @@ class ActorCritic(nn.Module):
         """stacks: u8 [B, stack, rows, columns], newest last. Returns logits f32 [B, actions], values f32 [B]."""
         frames = stacks.to(torch.float32, memory_format=torch.channels_last)
         with torch.autocast(stacks.device.type, self.precision, enabled=self.precision != torch.float32):
-            hidden = self.trunk(frames.sub_(self.background).div_(self.pixel_unit))
-            logits, values = self.policy(hidden), self.value(hidden)
-        return logits.float(), values.float().squeeze(-1)
+            hidden = self.trunk(frames.sub_(self.background).div_(self.pixel_unit)).float()
+        # The heads in float32: an advantage is a difference of values that are closer than bfloat16's steps.
+        return self.policy(hidden), self.value(hidden).squeeze(-1)

@@ -86,6 +86,19 @@ def test_a_critic_does_not_see_padding(architecture: str, kind: str) -> None:
     assert torch.equal(roles.critic(*args, hidden), values_of(roles))
 
 
+@either_critic
+def test_mixed_precision_tells_close_values_apart(kind: str) -> None:
+    """Near 1 bfloat16 has steps of 1/128; advantages are smaller differences than that."""
+    roles = roles_of(kind, dtype=torch.float32)
+    nn.init.normal_(head_of(roles.critic).weight, std=1e-4)
+    nn.init.constant_(head_of(roles.critic).bias, 1.0)
+    exact = values_of(roles)[BATCH.action_mask]
+    with torch.autocast("cpu", torch.bfloat16):
+        values = values_of(roles)[BATCH.action_mask]
+    assert exact.std() < 1 / 128
+    torch.testing.assert_close(values, exact, rtol=0, atol=float(exact.std()) / 10)
+
+
 def test_values_are_widened_to_float32() -> None:
     assert values_of(roles_of("separate", dtype=torch.bfloat16)).dtype == torch.float32
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pong_toys import Clockwork
-from torch import Tensor
+from torch import Tensor, nn
 
 from pong.config import AlgorithmConfig, NetworkConfig
 from pong.learning import Learner, estimate
@@ -154,6 +154,22 @@ def test_what_the_collector_reported_is_what_the_learner_recomputes(precision: t
     log_probs = logits.log_softmax(-1).gather(-1, rollout.actions.reshape(-1, 1)).view(4, 9)
     torch.testing.assert_close(log_probs, rollout.log_probs, rtol=0, atol=tolerance)
     torch.testing.assert_close(values.view(4, 9), rollout.values, rtol=0, atol=tolerance)
+
+
+def test_bfloat16_tells_close_values_and_logits_apart() -> None:
+    """Near 1 it has steps of 1/128: a difference of two values would be mostly rounding."""
+    net = network()
+    observations = rollout_of(REWARDS).history.observations()
+    with torch.no_grad():
+        for head in (net.value, net.policy):
+            nn.init.normal_(head.weight, std=1e-4)
+            nn.init.ones_(head.bias)
+        exact = net(observations)
+        net.precision = torch.bfloat16
+        found = net(observations)
+    for a, b in zip(exact, found, strict=True):
+        assert a.std(0).max() < 1 / 128
+        torch.testing.assert_close(b, a, rtol=0, atol=float(a.std(0).min()) / 4)
 
 
 def gradients(algorithm: AlgorithmConfig) -> list[Tensor]:

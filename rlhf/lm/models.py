@@ -144,17 +144,21 @@ class Critic(nn.Module):
         """[B, T] values of the states in which the last T tokens were chosen, at least float32; 0 in masked slots."""
         args = (sequence_ids, attention_mask, action_mask)
         if self.trunk is not None:
-            values = head_of(self.trunk)(action_states(trunk_of(self.trunk), *args, layout=layout))
+            head, hidden = head_of(self.trunk), action_states(trunk_of(self.trunk), *args, layout=layout)
         else:
             assert self.head is not None
+            head = self.head
             if self.adapted is not None:
                 with using(self.adapted, CRITIC):
                     hidden = action_states(trunk_of(self.adapted), *args, layout=layout)
             else:
                 assert actor_hidden is not None
                 hidden = actor_hidden[action_mask]
-            values = self.head(widen(hidden))
-        return at_actions(widen(values.squeeze(-1)), action_mask)
+        # Not in autocast's type: an advantage is a difference of values that are closer than bfloat16's steps.
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if head.bias is None else widen(head.bias)
+            values = nn.functional.linear(widen(hidden), widen(head.weight), bias)
+        return at_actions(values.squeeze(-1), action_mask)
 
     def save_pretrained(self, folder: Path) -> None:
         """A transformers token classifier, or `value_head.safetensors` (weight [1, H], bias [1])."""
