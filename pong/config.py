@@ -130,7 +130,9 @@ class NetworkConfig:
 
     channels: tuple[int, ...] = (32, 64, 64)
     kernels: tuple[tuple[int, int], ...] = ((8, 8), (4, 4), (3, 3))
-    strides: tuple[int, ...] = (4, 2, 1)
+    """(rows, columns) of each."""
+    strides: tuple[tuple[int, int], ...] = ((4, 4), (2, 2), (1, 1))
+    """(down, across) of each."""
     hidden: int = 512
 
     def __post_init__(self) -> None:
@@ -139,8 +141,9 @@ class NetworkConfig:
                 f"channels, kernels and strides need one entry per convolution, got {len(self.channels)}, "
                 f"{len(self.kernels)} and {len(self.strides)}"
             )
-        sizes = {"channels": self.channels, "strides": self.strides, "hidden": (self.hidden,)}
-        for name, values in (sizes | {"kernels": tuple(size for kernel in self.kernels for size in kernel)}).items():
+        pairs = {"kernels": self.kernels, "strides": self.strides}
+        sizes = {name: tuple(size for pair in value for size in pair) for name, value in pairs.items()}
+        for name, values in (sizes | {"channels": self.channels, "hidden": (self.hidden,)}).items():
             for value in values:
                 check_range(name, value, low=1)
 
@@ -301,18 +304,21 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
         return PongConfig(
             game=replace(shared, repeat_action_probability=0.25),
             algorithm=algorithm,
-            network=NetworkConfig(channels=(16, 32), kernels=((8, 8), (4, 4)), strides=(4, 2), hidden=256),
+            network=NetworkConfig(channels=(16, 32), kernels=((8, 8), (4, 4)), strides=((4, 4), (2, 2)), hidden=256),
             optimization=OptimizationConfig(total_steps=1_500_000, learning_rate=5e-4, final_learning_rate=5e-5),
         )
     fast = replace(shared, frame_height=105, frame_width=80)
+    network = NetworkConfig(channels=(16, 32), kernels=((8, 6), (4, 3)), strides=((4, 4), (2, 2)), hidden=256)
     if is_pong:
         # NOOP, RIGHT (up), LEFT (down), whose FIRE variants do the same; the field without score board and borders.
         fast = replace(fast, actions=(0, 2, 3), frame_width=40, crop_top=17, crop_bottom=97, max_pool=False)
+        # Where on the paddle the ball hits decides where it goes: rows matter more than columns.
+        network = replace(network, strides=((2, 4), (2, 2)))
     return PongConfig(
         game=fast,
         algorithm=algorithm,
-        network=NetworkConfig(channels=(16, 32), kernels=((8, 6), (4, 3)), strides=(4, 2), hidden=256),
+        network=network,
         optimization=OptimizationConfig(
-            total_steps=1_000_000, learning_rate=2e-3, final_learning_rate=2e-5, lr_schedule="geometric"
+            total_steps=800_000, learning_rate=2e-3, final_learning_rate=2e-5, lr_schedule="geometric"
         ),
     )

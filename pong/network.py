@@ -41,7 +41,7 @@ class ActorCritic(nn.Module):
         layers: list[nn.Module] = []
         channels = stack
         for width, kernel, stride in zip(config.channels, config.kernels, config.strides, strict=True):
-            rows, columns = (rows - kernel[0]) // stride + 1, (columns - kernel[1]) // stride + 1
+            rows, columns = (rows - kernel[0]) // stride[0] + 1, (columns - kernel[1]) // stride[1] + 1
             if rows < 1 or columns < 1:
                 raise InputError(
                     f"frames of {frame_shape} are too small for kernels {config.kernels} with strides "

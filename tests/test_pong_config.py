@@ -22,7 +22,7 @@ from rlhf.checks import InputError
         (AlgorithmConfig, {"loss": "trpo"}, "'reinforce', 'clip', 'kl'"),
         (AlgorithmConfig, {"baseline": False}, "needs baseline=True"),
         (AlgorithmConfig, {"gamma": 1.1}, "gamma"),
-        (NetworkConfig, {"strides": (4,)}, "one entry per convolution"),
+        (NetworkConfig, {"strides": ((4, 4),)}, "one entry per convolution"),
         (OptimizationConfig, {"envs": 3}, "even"),
         (OptimizationConfig, {"lr_schedule": "cosine"}, "'linear', 'geometric'"),
         (OptimizationConfig, {"lr_schedule": "geometric", "final_learning_rate": 0.0}, "lr-schedule linear"),

@@ -120,7 +120,7 @@ def test_without_a_baseline_steps_whose_return_is_not_known_are_left_out() -> No
 
 def network(actions: int = 3, *, seed: int = 0) -> ActorCritic:
     torch.manual_seed(seed)
-    config = NetworkConfig(channels=(4,), kernels=((3, 3),), strides=(2,), hidden=16)
+    config = NetworkConfig(channels=(4,), kernels=((3, 3),), strides=((2, 2),), hidden=16)
     return ActorCritic(config, stack=2, frame_shape=(8, 8), actions=actions)
 
 
