@@ -216,25 +216,6 @@ def _overlong(action_mask: Tensor, config: TrainerConfig) -> Tensor:
     return overlong_penalty(action_mask.sum(-1), max_length=limit, buffer=buffer, scale=algorithm.overlong_scale)
 
 
-def accuracy(
-    sampler: Sampler, prompts: PromptSet, verifier: RewardFunction, *, count: int, seeds: Tensor | None
-) -> float:
-    """Share of the first `count` prompts whose completion the verifier finds right, over all processes.
-
-    Args:
-        seeds: [count] to sample; None to decode greedily.
-    """
-    accelerator = sampler.accelerator
-    mine = list(range(count))[accelerator.process_index :: accelerator.num_processes]
-    right = torch.zeros(1, device=accelerator.device)
-    if mine:
-        width = max(len(prompts.token_ids[i]) for i in mine)
-        found, _, texts = sampler.complete(prompts, mine, width=width, seeds=None if seeds is None else seeds[mine])
-        rows, ids = [prompts.rows[i] for i in mine], completion_ids(found)
-        right += score([verifier], rows, texts, completion_ids=ids).totals.sum().to(right)
-    return float(accelerator.reduce(right, reduction="sum")) / count
-
-
 def prompt_indices(total: int, *, step: int, count: int, seed: int) -> list[int]:
     """`count` prompts for step 0, 1, ...: every prompt once, in random order, before any a second time."""
     first = step * count

@@ -16,6 +16,7 @@ from rlhf.kl import adapt_kl_coef_proportionally
 from rlhf.lm.checks import MAY_CHANGE, check_context, check_processes, check_rewards
 from rlhf.lm.config import TrainerConfig
 from rlhf.lm.dynamic_sampling import Batch
+from rlhf.lm.evaluation import HeldOut
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
 from rlhf.lm.generation import Engine, build_engine
 from rlhf.lm.hub import check_hub, push
@@ -26,7 +27,7 @@ from rlhf.lm.models import assemble_roles, end_token_ids, load_actor, placed
 from rlhf.lm.optimizer import build_learner, check_optimizer
 from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_rows, verifier_counts
 from rlhf.lm.rewards import RewardFunction, RewardModel, on_trunk, whole_models
-from rlhf.lm.rollout import PromptSet, Sampler, accuracy, collect
+from rlhf.lm.rollout import PromptSet, Sampler, collect
 from rlhf.lm.tasks import Task
 from rlhf.lm.update import ActorRecord, update
 from rlhf.lm.verifier_pool import running
@@ -39,7 +40,6 @@ from rlhf.run import (
     check_creatable,
     check_resumable,
     check_tracker,
-    draw_seeds,
     generator_for,
     load_state,
     rng_state,
@@ -96,7 +96,7 @@ class Trainer:
         for function in self.reward_functions:
             if isinstance(function, RewardModel):
                 function.model.to(accelerator.device)
-        self.train_prompts, self.held_out_prompts = (
+        self.train_prompts, held_out_prompts = (
             PromptSet.of(rows, tokenizer, task, config) for rows in (task.train, task.held_out)
         )
         self.folder = RunFolder(run.run_dir)
@@ -104,7 +104,8 @@ class Trainer:
             self._checkpoint = check_resumable(self.folder, config.as_dict(), may_change=MAY_CHANGE)
         else:
             check_creatable(run.run_dir)
-        self._build_models(make_actor, make_engine)
+        self._build_models(held_out_prompts, make_actor, make_engine)
+        self.held_out = HeldOut(self.sampler, held_out_prompts, task, count=run.eval_prompts, seed=run.seed)
         for scorer in scorers:
             scorer.attach(self.roles.actor)
         if scorers:  # they could not be asked before
@@ -121,6 +122,7 @@ class Trainer:
 
     def _build_models(
         self,
+        held_out_prompts: PromptSet,
         make_actor: Callable[[], PreTrainedModel],
         make_engine: Callable[[PreTrainedModel], Engine] | None,
     ) -> None:
@@ -129,12 +131,12 @@ class Trainer:
             actor = load_actor(str(self.folder.path / INITIAL), dtype="auto")
         else:
             actor = make_actor()
-            check_context(actor, self.train_prompts, self.held_out_prompts, config.sampling)
+            check_context(actor, self.train_prompts, held_out_prompts, config.sampling)
         self.memory_plan = plan_run(
             actor,
             config,
             accelerator,
-            longest_prompt=max(len(ids) for x in (self.train_prompts, self.held_out_prompts) for ids in x.token_ids),
+            longest_prompt=max(len(ids) for x in (self.train_prompts, held_out_prompts) for ids in x.token_ids),
             reward_models=whole_models(self.reward_functions),
         )
         actor = placed(actor, accelerator.device)
@@ -200,7 +202,7 @@ class Trainer:
             running(functions),
         ):
             if self.step == 0:
-                view.say(f"evaluating on {self._held_out_count()} held-out prompts before training")
+                view.say(f"evaluating on {self.held_out.count} held-out prompts before training")
                 evaluation = self._evaluate(view)
                 self.first_evaluation = {name: x for name, x in evaluation.items() if not name.startswith("time/")}
                 metrics_log.write(0, evaluation | verifier_counts(functions, self.accelerator))
@@ -217,7 +219,7 @@ class Trainer:
                 view.update(self.step, metrics)
                 if self._is_due(config.run.checkpoint_every):
                     self.save_checkpoint()
-            last = self.evaluate() if self.step == start else evaluation
+            last = self.held_out.evaluate() if self.step == start else evaluation
         return self._finish(last)
 
     def train_step(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -301,29 +303,12 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def evaluate(self) -> dict[str, float]:
-        """Accuracy on held-out prompts, greedy and sampled at the training temperature (one sample each)."""
-        count = self._held_out_count()
-        seeds = draw_seeds(count, generator_for(self.config.run.seed, "evaluation"))
-        found = {}
-        for name, chosen in (("greedy", None), ("sampled", seeds)):
-            found[f"{self.task.metric}/{name}"] = accuracy(
-                self.sampler, self.held_out_prompts, self.task.verifier, count=count, seeds=chosen
-            )
-        return found
-
-    def _held_out_count(self) -> int:
-        return min(self.config.run.eval_prompts, len(self.held_out_prompts))
-
     def _evaluate(self, view: LiveView) -> dict[str, float]:
         started = time.perf_counter()
-        found = self.evaluate()
-        greedy, sampled = (self._as_text(found[f"{self.task.metric}/{name}"]) for name in ("greedy", "sampled"))
+        found = self.held_out.evaluate()
+        greedy, sampled = (self.held_out.as_text(found[f"{self.task.metric}/{name}"]) for name in ("greedy", "sampled"))
         view.say(f"step {self.step}: held-out {self.task.metric} {greedy} greedy, {sampled} sampled")
         return found | {"time/evaluate": time.perf_counter() - started}
-
-    def _as_text(self, x: float) -> str:
-        return f"{x:.1%}" if self.task.metric == "accuracy" else f"{x:.3f}"
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -390,7 +375,7 @@ class Trainer:
             if self.roles.critic is not None:
                 self.roles.critic.save_pretrained(self.folder.final / "critic")
             draw_plots(self.folder, self.task)
-            text = {name: self._as_text(x) for name, x in summary.items()}
+            text = {name: self.held_out.as_text(x) for name, x in summary.items()}
             print(
                 f"held-out {self.task.metric}, greedy: {text['initial/greedy']} -> {text['final/greedy']}; "
                 f"sampled: {text['initial/sampled']} -> {text['final/sampled']}\n"
