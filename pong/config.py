@@ -312,7 +312,7 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
     if is_pong:
         # NOOP, RIGHT (up), LEFT (down), whose FIRE variants do the same; the field without score board and borders.
         fast = replace(fast, actions=(0, 2, 3), frame_width=40, crop_top=17, crop_bottom=97, max_pool=False)
-        # Where on the paddle the ball hits decides where it goes: rows matter more than columns.
+        # Where on the paddle the ball hits decides where it goes, to a row or so (docs/pong.md, Rows).
         network = replace(network, strides=((2, 4), (2, 2)))
     return PongConfig(
         game=fast,
