@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
 import tyro
@@ -67,8 +66,8 @@ def play(config: PlayConfig) -> None:
     """Score the policy, then show it."""
     run, network = load_policy(config.run)
     folder = RunFolder.open(config.run)
-    if config.render_mode == "human" and matplotlib.get_backend().lower() == "agg":
-        raise InputError("--render-mode human: there is no screen here; leave it out for a film in the run's folder")
+    if config.render_mode == "human":
+        check_screen()
     torch.set_num_threads(1)
     if config.episodes > 0:
         with LiveView("evaluation", config.episodes, ("mean_score",)) as view:
@@ -89,6 +88,17 @@ def play(config: PlayConfig) -> None:
         print(f"film in {path}")
     elif config.render_mode == "human":
         show(shots, seconds=run.game.frame_skip / 60)
+
+
+def check_screen() -> None:
+    """Raises InputError if there is no screen for a window."""
+    import matplotlib.pyplot as plt  # what is configured counts for nothing: without a screen it falls back on files
+
+    figure = plt.figure()
+    has_window = figure.canvas.required_interactive_framework is not None
+    plt.close(figure)
+    if not has_window:
+        raise InputError("--render-mode human: there is no screen here; leave it out for a film in the run's folder")
 
 
 def load_policy(run_dir: Path) -> tuple[PongConfig, ActorCritic]:
@@ -165,19 +175,24 @@ def write_film(shots: Iterator[Shot], path: Path, *, milliseconds: int) -> None:
 
 
 def show(shots: Iterator[Shot], *, seconds: float) -> None:
-    """A window, at the game's own pace or slower."""
+    """A window, at the game's own pace or slower, until it is closed."""
     import matplotlib.pyplot as plt
 
     values: list[float] = []
-    window = None
+    image = None
     for shot in shots:
         values.append(shot.value)
         picture = np.asarray(draw(shot, values))
-        if window is None:
-            plt.axis("off")
-            window = plt.imshow(picture)
-        window.set_data(picture)
+        if image is None:
+            height, width = picture.shape[:2]
+            figure = plt.figure(figsize=(width / 50, height / 50))
+            axes = figure.add_axes((0, 0, 1, 1))
+            axes.set_axis_off()
+            image = axes.imshow(picture)
+        image.set_data(picture)
         plt.pause(seconds)
+        if not plt.fignum_exists(figure.number):
+            break
 
 
 if __name__ == "__main__":

@@ -9,13 +9,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from pong.config import AlgorithmConfig, PongConfig, preset
 from pong.learning import Targets, estimate
-from pong.play import load_policy
+from pong.play import Shot, load_policy, show
 from pong.rollout import Rollout
 from pong.train_pg import defaults as pg_defaults
 from pong.train_ppo import parse
@@ -39,9 +41,9 @@ def small(run_dir: Path, *, total_steps: int = 1536, **run) -> PongConfig:
     )
 
 
-def run(*args: object) -> subprocess.CompletedProcess[str]:
+def run(*args: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", *map(str, args)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, env=env)
 
 
 def test_the_program_trains_evaluates_and_is_watched(tmp_path: Path) -> None:
@@ -153,6 +155,35 @@ def test_a_run_can_be_played_before_its_end(tmp_path: Path) -> None:
     for name, tensor in trainer.network.state_dict().items():
         assert torch.equal(network.state_dict()[name], tensor)
     trainer.collector.close()
+
+
+def test_without_a_screen_there_is_no_window(tmp_path: Path) -> None:
+    """Whatever matplotlib is told to use."""
+    trainer = PongTrainer(small(tmp_path))
+    trainer.collector.close()
+    env = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    for backend in ("TkAgg", "svg"):
+        watched = run(
+            "pong.play", tmp_path, "--episodes", 0, "--render-mode", "human", env=env | {"MPLBACKEND": backend}
+        )
+        assert watched.returncode == 2
+        assert "there is no screen here" in watched.stderr
+
+
+def test_closing_the_window_ends_the_game(monkeypatch: pytest.MonkeyPatch) -> None:
+    plt.switch_backend("agg")
+    shown = []
+
+    def pause(seconds: float) -> None:
+        shown.append(plt.gcf().axes[0].images[0].get_array()[0, 0].tolist())
+        if len(shown) == 3:
+            plt.close()
+
+    monkeypatch.setattr(plt, "pause", pause)
+    shots = (Shot(np.full((210, 160, 3), brightness, dtype=np.uint8), 0.5, 0.0) for brightness in range(10))
+    show(shots, seconds=0.0)
+    assert shown == [[0, 0, 0], [1, 1, 1], [2, 2, 2]]
+    assert next(shots).screen[0, 0, 0] == 3
 
 
 def test_the_policy_gradient_program_runs(tmp_path: Path) -> None:
