@@ -21,18 +21,18 @@ from matplotlib.figure import Figure
 
 from rlhf.run import read_json_lines
 
-# All parts with the same rollouts, minibatches and steps; those of train_pg, whose returns take longer to be known.
-_SAME = ["--rollout-steps", "256", "--minibatch-size", "512", "--total-steps", "600000"]
+# All parts with the same rollouts, minibatches, rates and steps: those of train_pg.
+_SAME = ["pong.train_pg", "--total-steps", "800000"]
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "defaults": {"PPO": ["pong.train_ppo"]},
     "pg": {"REINFORCE, reward-to-go": ["pong.train_pg"]},
     "v5": {"PPO, preset v5": ["pong.train_ppo", "--preset", "v5"]},
     "parts": {
-        "REINFORCE, whole episode's return": ["pong.train_pg", "--advantage", "episode", *_SAME],
-        "REINFORCE, reward-to-go": ["pong.train_pg", *_SAME],
-        "+ baseline": ["pong.train_pg", "--baseline", *_SAME],
-        "+ GAE": ["pong.train_ppo", "--loss", "reinforce", *_SAME],
-        "+ clipping, 4 epochs (PPO)": ["pong.train_ppo", *_SAME],
+        "REINFORCE, whole episode's return": [*_SAME, "--advantage", "episode"],
+        "REINFORCE, reward-to-go": _SAME,
+        "+ baseline": [*_SAME, "--baseline"],
+        "+ GAE": [*_SAME, "--baseline", "--advantage", "gae"],
+        "+ clipping, 4 epochs (PPO)": [*_SAME, "--baseline", "--advantage", "gae", "--loss", "clip"],
     },
     "choices": {
         "gae, clip (PPO)": ["pong.train_ppo"],

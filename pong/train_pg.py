@@ -21,15 +21,16 @@ from rlhf.run import reporting_errors
 def defaults() -> PongConfig:
     """The fast Pong preset with REINFORCE in PPO's place, and rollouts so long that most returns are known.
 
-    Nothing holds its steps back, so they are smaller, and the entropy counts for more: with PPO's the policy soon takes
-    one action for ever.
+    Nothing holds its steps back, so they are few and large, each from thousands of actions, and the entropy counts for
+    more: from small minibatches the policy soon takes one action for ever.
     """
     fast = preset("fast")
-    algorithm = replace(fast.algorithm, advantage="mc", loss="reinforce", baseline=False, entropy_coef=0.01)
+    algorithm = replace(
+        fast.algorithm, advantage="mc", loss="reinforce", baseline=False, entropy_coef=0.05, final_entropy_coef=0.01
+    )
     optimization = replace(
-        fast.optimization, rollout_steps=256, minibatch_size=512, total_steps=1_500_000, learning_rate=5e-4,
-        lr_schedule="linear",
-    )  # fmt: skip
+        fast.optimization, rollout_steps=256, minibatch_size=2048, total_steps=1_500_000, lr_schedule="linear"
+    )
     run = replace(fast.run, run_dir=Path("runs/pong_pg"))
     return replace(fast, algorithm=algorithm, optimization=optimization, run=run)
 
