@@ -8,6 +8,7 @@ import torch
 from test_lm_trainer import digits_of, files_of, make_config, make_trainer
 
 from rlhf.lm.dynamic_sampling import Batch, has_signal, join, refill
+from rlhf.lm.experience import Experience, build_experience
 from rlhf.lm.rollout import Sampler, collect
 from rlhf.lm.trainer import Trainer
 from rlhf.run import read_json_lines
@@ -27,6 +28,8 @@ def batch(scores: list[float], *, prompt: int = 2, length: int = 3) -> Batch:
         total,
         total[:, None],
         total,
+        total,
+        torch.ones(rows, dtype=torch.bool),
     )
 
 
@@ -156,6 +159,43 @@ def test_the_greedy_baseline_is_the_greedy_completions_own_score(tmp_path: Path)
     assert torch.equal(rollout.batch.greedy_scores, expected)
 
 
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Experience]:
+    """What the trainer's rounds are made into from now on."""
+    seen: list[Experience] = []
+
+    def build(*args: Any, **options: Any) -> Experience:
+        seen.append(build_experience(*args, **options))
+        return seen[-1]
+
+    monkeypatch.setattr("rlhf.lm.trainer.build_experience", build)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "shaping",
+    [
+        {},
+        {"normalize_scores": True},
+        {"score_clip": 0.7},
+        {"missing_eos_penalty": 1.0},
+        {"overlong_buffer": 0.4, "overlong_scale": 3.0},
+    ],
+    ids=str,
+)
+def test_a_sample_that_is_the_greedy_completion_has_no_advantage(
+    tmp_path: Path, shaping: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However scores are shaped: next to temperature 0 every sample is that completion."""
+    seen = recorded(monkeypatch)
+    options = {"advantage": "greedy_baseline", "reduction": "token_mean", **shaping}
+    for temperature in (1e-6, 1.0):
+        trainer = trainer_with(tmp_path / str(temperature), digits_of, options, sampling={"temperature": temperature})
+        metrics, _ = trainer.train_step()
+        assert metrics["reward/std"] > 0
+    assert seen[0].advantages.eq(0).all()
+    assert seen[1].advantages.ne(0).any()
+
+
 def test_the_overlong_penalty_is_part_of_the_score_and_shown_by_name(tmp_path: Path) -> None:
     penalized = {"overlong_buffer": 0.4, "overlong_scale": 3.0}
     rollout = collected(trainer_with(tmp_path, digits_of, penalized, sampling={"temperature": 5.0}))
@@ -184,3 +224,26 @@ def test_truncated_completions_are_left_out_of_the_update(tmp_path: Path, monkey
         assert metrics["completion/finished"] == 0.0
         changed = any(not torch.equal(x, before[name]) for name, x in trainer.roles.actor.state_dict().items())
         assert changed == train_on_truncated
+
+
+def test_the_critic_is_judged_on_what_it_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completions that are left out do not count as perfectly predicted."""
+    complete, seen = Sampler.complete, recorded(monkeypatch)
+
+    def half_cut_off(*args: Any, **options: Any) -> Any:
+        sequences, completions, texts = complete(*args, **options)
+        is_finished = torch.arange(len(texts)) % 2 == 0
+        return sequences, completions._replace(is_finished=is_finished), texts
+
+    monkeypatch.setattr(Sampler, "complete", half_cut_off)
+    config = make_config(tmp_path, algorithm={"train_on_truncated": False})
+    metrics, _ = make_trainer(config).train_step()
+    mask = seen[0].sequences.action_mask
+    assert mask.any(-1).tolist() == [True, False] * (len(mask) // 2)
+    assert seen[0].old_values is not None
+    assert seen[0].returns is not None
+    values, returns = seen[0].old_values[mask], seen[0].returns[mask]
+    expected = 1 - (returns - values).var() / returns.var()
+    assert metrics["value/explained_variance"] == pytest.approx(float(expected), abs=1e-6)
+    assert metrics["value/mean"] == pytest.approx(float(values.mean()), abs=1e-6)
+    assert metrics["reward/shaped"] == pytest.approx(float(seen[0].rewards[mask].sum() / (len(mask) / 2)), abs=1e-6)

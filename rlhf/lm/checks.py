@@ -9,8 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checks import InputError
 from rlhf.lm.config import SamplingConfig, TrainerConfig
-from rlhf.lm.rewards import RewardFunction, score
-from rlhf.lm.rollout import PromptSet
+from rlhf.lm.rewards import RewardFunction, name_of, score
+from rlhf.lm.rollout import OVERLONG, PromptSet
 from rlhf.lm.tasks import Task
 from rlhf.lm.verifier_pool import VerifierPool
 
@@ -86,6 +86,8 @@ def check_rewards(
     """
     if not functions:
         raise InputError("there is no reward function: give at least one, or None for the task's verifier")
+    if OVERLONG in map(name_of, functions):
+        raise InputError(f"{OVERLONG!r} is the trainer's own penalty: give that reward function another __name__")
     if not task.train or not task.held_out:
         raise InputError(
             f"task {task.name!r} needs rows to train on and held-out rows, got {len(task.train)} and "

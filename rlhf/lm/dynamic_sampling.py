@@ -25,7 +25,10 @@ class Batch(NamedTuple):
     is_finished: Tensor  # [B] bool
     scores: Tensor  # [B] float32, the weighted sum of the verdicts on whole completions
     components: Tensor  # [B, K] float32, by reward function; NaN where it does not apply
-    greedy_scores: Tensor  # [B] float32: of the greedy completion of each one's prompt, 0 where nobody asked for it
+    # Of the greedy completion of each one's prompt; 0, 0, True where nobody asked for it.
+    greedy_scores: Tensor  # [B] float32, as scores
+    greedy_token_rewards: Tensor  # [B] float32, their sum
+    greedy_is_finished: Tensor  # [B] bool
 
     @property
     def sequences(self) -> Sequences:

@@ -11,7 +11,7 @@ from rlhf.lm.rewards import RewardFunction, Row
 from rlhf.lm.rollout import OVERLONG, Rollout
 from rlhf.lm.tasks import Task
 from rlhf.lm.verifier_pool import FAULTS, VerifierPool
-from rlhf.masking import explained_variance, masked_sum
+from rlhf.masking import explained_variance, masked_mean, masked_sum
 from rlhf.run import Panel, RunFolder, plot_metrics, read_json_lines
 
 
@@ -54,10 +54,12 @@ def collection_metrics(rollout: Rollout, experience: Experience) -> dict[str, fl
     metrics["reward/without_verdict"] = float(judged.isnan().all(-1).float().mean())
     if experience.ref_log_probs is not None:
         metrics["kl/sequence"] = sequence_kl(rollout.predictions, mask)
-        metrics["reward/shaped"] = float(masked_sum(experience.rewards, mask) / len(mask))
-    if experience.old_values is not None and experience.returns is not None:
-        metrics["value/explained_variance"] = explained_variance(experience.old_values, experience.returns, mask)
-        metrics["value/mean"] = float(masked_sum(experience.old_values, mask) / mask.sum())
+    trained = experience.sequences.action_mask  # where truncated completions are left out, the others'
+    if experience.ref_log_probs is not None and trained.any():
+        metrics["reward/shaped"] = float(masked_sum(experience.rewards, trained) / trained.any(-1).sum())
+    if experience.old_values is not None and experience.returns is not None and trained.any():
+        metrics["value/explained_variance"] = explained_variance(experience.old_values, experience.returns, trained)
+        metrics["value/mean"] = float(masked_mean(experience.old_values, trained))
     if int(rollout.group_ids.max()) + 1 < len(total):
         metrics["groups/without_signal"] = rollout.without_signal
         metrics["groups/draws"] = rollout.draws

@@ -15,7 +15,7 @@ from rlhf.lm.dynamic_sampling import Batch, has_signal, refill
 from rlhf.lm.experience import Predictions, Sequences, predict, with_value_mask
 from rlhf.lm.generation import Completions, Engine
 from rlhf.lm.models import Roles
-from rlhf.lm.rewards import RewardFunction, Row, name_of, score
+from rlhf.lm.rewards import RewardFunction, Row, Scores, name_of, score
 from rlhf.lm.tasks import Task, pad_left, tokenize_prompts
 from rlhf.rewards import overlong_penalty
 from rlhf.run.seeding import draw_seeds, generator_for
@@ -178,20 +178,16 @@ def _draw(
 
     indices = [i for i in mine for _ in range(samples)]
     sequences, completions, texts = sampler.complete(prompts, indices, width=width, seeds=my_seeds)
-    rows, ids = [prompts.rows[i] for i in indices], completion_ids(sequences)
-    scores = score(reward_functions, rows, texts, weights=reward_weights, completion_ids=ids)
-    total, components = scores.total, list(scores.components.values())
-    if config.algorithm.overlong_buffer:
-        components.append(_overlong(sequences.action_mask, config).cpu())
-        total = total + components[-1]
-    greedy_scores = torch.zeros(len(rows))
-    if config.algorithm.advantage == "greedy_baseline":
-        greedy, _, answers = sampler.complete(prompts, mine, width=width, seeds=None)
-        ids, rows_of_greedy = completion_ids(greedy), [prompts.rows[i] for i in mine]
-        found = score(reward_functions, rows_of_greedy, answers, weights=reward_weights, completion_ids=ids)
-        greedy_scores = found.totals.repeat_interleave(samples)
+    rows = [prompts.rows[i] for i in indices]
+    scores = _score(reward_functions, reward_weights, rows, texts, sequences, config)
     token_rewards = pad(scores.token_rewards, (0, sequences.action_mask.shape[1] - scores.token_rewards.shape[1]))
-    columns = (completions.is_finished, total, torch.stack(components, -1), greedy_scores)
+    greedy = [torch.zeros(len(rows)), torch.zeros(len(rows)), torch.ones(len(rows), dtype=torch.bool)]
+    if config.algorithm.advantage == "greedy_baseline":
+        answered, done, answers = sampler.complete(prompts, mine, width=width, seeds=None)
+        found = _score(reward_functions, reward_weights, [prompts.rows[i] for i in mine], answers, answered, config)
+        columns_of_greedy = (found.total, found.token_rewards.sum(-1), done.is_finished)
+        greedy = [x.repeat_interleave(samples) for x in columns_of_greedy]
+    columns = (completions.is_finished, scores.total, torch.stack(list(scores.components.values()), -1), *greedy)
     batch = Batch(
         _gather_padded(sequences.sequence_ids, sampler.tokenizer.pad_token_id, accelerator),
         _gather_padded(sequences.attention_mask, False, accelerator),
@@ -201,7 +197,7 @@ def _draw(
         _gather_padded(token_rewards.to(accelerator.device), 0.0, accelerator),
         *(accelerator.gather(x.to(accelerator.device)) for x in columns),
     )
-    return batch, list(zip(rows, texts, (total + scores.token_rewards.sum(-1)).tolist(), strict=True))
+    return batch, list(zip(rows, texts, scores.totals.tolist(), strict=True))
 
 
 def completion_ids(sequences: Sequences) -> list[list[int]]:
@@ -210,10 +206,23 @@ def completion_ids(sequences: Sequences) -> list[list[int]]:
     return [ids[mask].tolist() for ids, mask in zip(tokens, sequences.action_mask, strict=True)]
 
 
-def _overlong(action_mask: Tensor, config: TrainerConfig) -> Tensor:
+def _score(
+    functions: Sequence[RewardFunction],
+    weights: Sequence[float] | None,
+    rows: Sequence[Row],
+    texts: Sequence[str],
+    sequences: Sequences,
+    config: TrainerConfig,
+) -> Scores:
+    """The functions' verdicts and, if the config wants it, the penalty on overlong completions as one more."""
+    scores = score(functions, rows, texts, weights=weights, completion_ids=completion_ids(sequences))
     limit, algorithm = config.sampling.max_new_tokens, config.algorithm
+    if not algorithm.overlong_buffer:
+        return scores
     buffer = max(round(algorithm.overlong_buffer * limit), 1)
-    return overlong_penalty(action_mask.sum(-1), max_length=limit, buffer=buffer, scale=algorithm.overlong_scale)
+    lengths = sequences.action_mask.sum(-1).cpu()
+    penalty = overlong_penalty(lengths, max_length=limit, buffer=buffer, scale=algorithm.overlong_scale)
+    return scores._replace(total=scores.total + penalty, components=scores.components | {OVERLONG: penalty})
 
 
 def prompt_indices(total: int, *, step: int, count: int, seed: int) -> list[int]:

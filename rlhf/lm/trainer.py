@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,16 +238,17 @@ class Trainer:
         )
         self.draws += rollout.draws
         batch, weights = rollout.batch, self.reward_weights or [1.0] * len(self.reward_functions)
+        scores, greedy_scores = self._shaped(batch)
         experience = build_experience(
             batch.sequences,
-            self._shaped(batch),
+            scores,
             rollout.group_ids,
             rollout.predictions,
             config.algorithm,
             kl_reward_coef=self.kl_coef,
             sampler_log_probs=batch.sampler_log_probs,
             token_rewards=batch.token_rewards,
-            greedy_scores=batch.greedy_scores,
+            greedy_scores=greedy_scores,
             components=batch.components,
             weights=[*weights, *[1.0] * (len(rollout.reward_names) - len(weights))],
             is_finished=batch.is_finished,
@@ -271,16 +273,18 @@ class Trainer:
         }
         return metrics, sample_rows(rollout, self.step, config.run.samples_per_log)
 
-    def _shaped(self, batch: Batch) -> torch.Tensor:
-        """[B] the scores as the algorithm wants them; the run's statistics include them from now on."""
-        algorithm = self.config.algorithm
-        if not algorithm.shapes_scores:
-            return batch.scores
-        self.moments = self.moments.including(batch.scores)
-        return shape_scores(
-            batch.scores, batch.is_finished, moments=self.moments if algorithm.normalize_scores else None,
-            clip=algorithm.score_clip, missing_eos_penalty=algorithm.missing_eos_penalty,
-        )  # fmt: skip
+    def _shaped(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B] the scores as the algorithm wants them, and what the greedy completions get, treated alike; the run's
+        statistics include the scores from now on."""
+        algorithm, scores, baselines = self.config.algorithm, batch.scores, batch.greedy_scores
+        if algorithm.shapes_scores:
+            self.moments = self.moments.including(scores)
+            shape = partial(
+                shape_scores, moments=self.moments if algorithm.normalize_scores else None,
+                clip=algorithm.score_clip, missing_eos_penalty=algorithm.missing_eos_penalty,
+            )  # fmt: skip
+            scores, baselines = shape(scores, batch.is_finished), shape(baselines, batch.greedy_is_finished)
+        return scores, baselines + batch.greedy_token_rewards
 
     def _update(self, experience: Experience, record: ActorRecord | None) -> dict[str, float]:
         def order(epoch: int) -> torch.Tensor:
