@@ -46,12 +46,17 @@ def test_at_most_a_fifth_is_held_out(tmp_path: Path) -> None:
         ("train.jsonl", "test.jsonl"),
         ("train.parquet", "validation.parquet"),
         ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
-        ("any_name.json", "eval.json"),
+        ("train.json", "eval.json"),
+        ("train.jsonl", "val.jsonl"),
+        ("training.jsonl", "dev.jsonl"),
+        ("train/0000.parquet", "test/0000.parquet"),
     ],
 )
 def test_a_folders_files_are_splits_by_their_names(names: tuple[str, str], tmp_path: Path) -> None:
     write(tmp_path / names[0], ROWS[:15])
     write(tmp_path / names[1], ROWS[15:])
+    for name in ("dataset_info.json", "dataset_infos.json"):  # as in a clone of a hub data set
+        (tmp_path / name).write_text("{}")
     train, held_out = load_splits(DataConfig(data=str(tmp_path)))
     assert (list(train), list(held_out)) == (ROWS[:15], ROWS[15:])
 
@@ -123,3 +128,25 @@ def test_each_prompt_comes_once(tmp_path: Path) -> None:
     assert (task.train, task.held_out) == ([{"prompt": "1+1="}], [{"prompt": "2+2="}])
     assert task.metric == "score"
     assert task.add_special_tokens
+
+
+def test_a_prompt_that_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
+    """Four rows of each prompt, split by row."""
+    rows = [{"prompt": f"{i}+1=", "chosen": "2", "rejected": str(k)} for i in range(1, 10) for k in range(3, 7)]
+    write(tmp_path / "rows.jsonl", rows)
+    source = SourceConfig(model="m", data=str(tmp_path / "rows.jsonl"))
+    task = load_prompt_task(source, tokenizer, verifier=len)
+    train, held_out = ({row["prompt"] for row in part} for part in (task.train, task.held_out))
+    assert train | held_out == {row["prompt"] for row in rows}
+    assert not train & held_out
+    write(tmp_path / "rows.jsonl", rows[:4])
+    with pytest.raises(InputError, match="all 1 prompts of the training data are held-out ones too"):
+        load_prompt_task(source, tokenizer, verifier=len)
+
+
+def test_prompts_of_splits_by_name(tmp_path: Path) -> None:
+    for name, prompt in (("train_prefs", "1+1="), ("test_prefs", "2+2=")):
+        write(tmp_path / "data" / f"{name}-00000-of-00001.parquet", [{"prompt": prompt}])
+    source = SourceConfig(model="m", data=str(tmp_path), train_split="train_prefs", test_split="test_prefs")
+    task = load_prompt_task(source, tokenizer, verifier=len)
+    assert (task.train, task.held_out) == ([{"prompt": "1+1="}], [{"prompt": "2+2="}])

@@ -27,6 +27,12 @@ class SourceConfig:
     """arithmetic; gsm8k or reasoning_gym (which need a model)."""
     data: str | None = None
     """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id; reasoning_gym: one of its tasks, such as lcm."""
+    data_name: str | None = None
+    """Which configuration of a hub data set (recipes/ppo_preference.py, as the two below)."""
+    train_split: str = "train"
+    """The split whose prompts are trained on."""
+    test_split: str | None = None
+    """The split of held-out prompts; None: test, validation or eval, else rows of the training split."""
     task_options: tuple[str, ...] = ()
     """For reasoning_gym: the task's own options, name=value ..., such as max_value=12; size: entries to train on."""
     partial_credit: bool = False

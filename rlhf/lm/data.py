@@ -1,12 +1,11 @@
 """Demonstrations and preferences from files, folders and hub ids; `rlhf.lm.rows` says in which forms."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +17,7 @@ from rlhf.lm.rows import Demonstration, Pair, Unusable, demonstration, is_render
 from rlhf.lm.tasks import Task
 
 T = TypeVar("T")
+NAMES = ("the training data", "the held-out data")
 HELD_OUT_SPLITS = ("test", "validation", "eval")
 _FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -29,8 +29,8 @@ class DataConfig:
     model: str | None = None
     """Folder or hub id of a pretrained model."""
     data: str | None = None
-    """A .jsonl, .json or .parquet file, a folder of them (train.jsonl, test.jsonl, or saved by datasets), or a hub id;
-    None: rows are made up on the spot."""
+    """A .jsonl, .json or .parquet file, a folder of them (train and test in the names of files or folders, or saved by
+    datasets), or a hub id; None: rows are made up on the spot."""
     data_name: str | None = None
     """Which configuration of a hub data set."""
     train_split: str = "train"
@@ -63,7 +63,7 @@ def load_splits(config: DataConfig) -> tuple[Dataset, Dataset]:
             f"data {config.data!r} does not exist: give a .jsonl, .json or .parquet file, a folder, a hub id"
         )
     try:
-        loaded = _load_local(path) if is_local else load_dataset(config.data, config.data_name)
+        loaded = _load_local(path, config.data_name) if is_local else load_dataset(config.data, config.data_name)
     except InputError:
         raise
     except Exception as error:  # datasets raises its own, pyarrow's, the network's and builtin errors alike
@@ -93,23 +93,17 @@ def load_splits(config: DataConfig) -> tuple[Dataset, Dataset]:
     return train, splits[name]
 
 
-def _load_local(path: Path) -> Dataset | DatasetDict:
+def _load_local(path: Path, name: str | None) -> Dataset | DatasetDict:
     if path.is_file():
         return load_dataset(_format_of(path), data_files={"train": str(path)})
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return load_from_disk(str(path))
-    files = sorted(file for file in path.rglob("*") if file.suffix in _FILES)
+    files = [file for file in path.rglob("*") if file.suffix in _FILES and not file.name.startswith("dataset_info")]
     if not files:
         raise InputError(f"folder {path} holds no .jsonl, .json or .parquet file")
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        name = re.split(r"[-_.]", file.name)[0]
-        is_split = name in ("train", *HELD_OUT_SPLITS) or name.startswith(("train", "test"))
-        splits.setdefault(name if is_split else "train", []).append(str(file))
-    formats = {_format_of(file) for file in files}
-    if len(formats) > 1:
+    if len({_format_of(file) for file in files}) > 1:
         raise InputError(f"folder {path} mixes JSON and parquet files: give one kind, or one file")
-    return load_dataset(formats.pop(), data_files=splits)
+    return load_dataset(str(path), name)  # knows splits by the names of files and folders, or a dataset card
 
 
 def _format_of(path: Path) -> str:
@@ -146,9 +140,8 @@ def tokenized(
             kept.append(found)
     reasons = "; ".join(f"{count} {reason}" for reason, count in dropped.most_common())
     if not kept:
-        raise InputError(
-            f"no row of {name} is left of {dropped.total()}: {reasons}. Raise --max-tokens or see to the data"
-        )
+        advice = "see to the data" if max_tokens is None else "raise --max-tokens or see to the data"
+        raise InputError(f"no row of {name} is left of {dropped.total()}: {reasons}; {advice}")
     if dropped:
         print(f"{dropped.total()} of {dropped.total() + len(kept)} rows of {name} left out: {reasons}")
     return kept
@@ -161,11 +154,7 @@ def load_demonstrations(
 ) -> tuple[list[Demonstration], list[Demonstration]]:
     """Training and held-out demonstrations; see `tokenized`."""
     convert = partial(demonstration, tokenizer=tokenizer, plain_text=config.plain_text)
-    one, two = (
-        tokenized(rows, convert, max_tokens=config.max_tokens, name=name, length=lambda d: d.tokens)
-        for rows, name in zip(splits, ("the training data", "the held-out data"), strict=True)
-    )
-    return one, two
+    return _both(convert, splits, config)
 
 
 def load_pairs(
@@ -175,9 +164,18 @@ def load_pairs(
 ) -> tuple[list[Pair], list[Pair]]:
     """Training and held-out pairs; see `tokenized`."""
     convert = partial(pair, tokenizer=tokenizer, plain_text=config.plain_text)
+    return _both(convert, splits, config)
+
+
+R = TypeVar("R", Demonstration, Pair)
+
+
+def _both(
+    convert: Callable[[Row], R], splits: tuple[Iterable[Any], Iterable[Any]], config: DataConfig
+) -> tuple[list[R], list[R]]:
     one, two = (
-        tokenized(rows, convert, max_tokens=config.max_tokens, name=name, length=lambda p: p.tokens)
-        for rows, name in zip(splits, ("the training data", "the held-out data"), strict=True)
+        tokenized(rows, convert, max_tokens=config.max_tokens, name=name, length=lambda x: x.tokens)
+        for rows, name in zip(splits, NAMES, strict=True)
     )
     return one, two
 
@@ -185,17 +183,27 @@ def load_pairs(
 def load_prompt_task(source: SourceConfig, tokenizer: PreTrainedTokenizerBase, *, verifier: RewardFunction) -> Task:
     """The prompts of rows of any form, each once, as a task; `verifier` is reported on held-out ones as "score".
 
+    What is held out is not trained on, whatever the splits say: rows of one prompt may lie on both sides.
+
     Raises:
-        InputError: as `load_splits` and `prompt_text`.
+        InputError: as `load_splits` and `prompt_text`; or every prompt is held out.
     """
-    data = DataConfig(data=source.data, plain_text=source.plain_prompts)
+    data = DataConfig(
+        data=source.data,
+        data_name=source.data_name,
+        train_split=source.train_split,
+        test_split=source.test_split,
+        plain_text=source.plain_prompts,
+    )
     convert = partial(prompt_text, tokenizer=tokenizer, plain_text=source.plain_prompts)
-    names = ("the training data", "the held-out data")
     splits = load_splits(data)
     train, held_out = (
-        [{"prompt": text} for text in dict.fromkeys(tokenized(rows, convert, name=name))]
-        for rows, name in zip(splits, names, strict=True)
+        dict.fromkeys(tokenized(rows, convert, name=name)) for rows, name in zip(splits, NAMES, strict=True)
     )
+    rest = [text for text in train if text not in held_out]
+    if not rest:
+        raise InputError(f"all {len(train)} prompts of the training data are held-out ones too: give others of either")
     # What a chat template has written holds its special tokens already.
     rendered = is_rendered(splits[0][0], tokenizer, plain_text=source.plain_prompts)
-    return Task("preference", train, held_out, verifier, metric="score", add_special_tokens=not rendered)
+    train_rows, held_out_rows = ([{"prompt": text} for text in texts] for texts in (rest, held_out))
+    return Task("preference", train_rows, held_out_rows, verifier, metric="score", add_special_tokens=not rendered)
