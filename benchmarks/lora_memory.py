@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.lm.config import AdapterConfig, OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
+from rlhf.lm.critic import head_of
 from rlhf.lm.lora import add_adapter, merged, save_adapter
-from rlhf.lm.models import head_of, load_actor, load_reward_model, load_tokenizer, new_reward_model
+from rlhf.lm.models import load_actor, load_reward_model, load_tokenizer, new_reward_model
 from rlhf.lm.rewards import RewardFunction, RewardModel
 from rlhf.lm.tasks import Task, arithmetic
 from rlhf.lm.trainer import Trainer

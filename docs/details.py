@@ -57,7 +57,7 @@ DETAILS = (
     Detail("PPO", "Generalised advantages: gamma 1, lambda 0.95", "--gamma, --gae-lambda", "rlhf/advantages.py",
            "def gae(", N_PLUS),
     Detail("PPO", "A critic with a trunk of its own that starts as the reward model", "--critic-from",
-           "rlhf/lm/models.py", "def from_pretrained(cls, model", N_PLUS + ", " + SECRETS),
+           "rlhf/lm/critic.py", "def from_pretrained(cls, model", N_PLUS + ", " + SECRETS),
     Detail("PPO", "Or rounds at the start in which the critic alone learns", "--critic-warmup-steps",
            "rlhf/lm/optimizer.py", "def hold_back", SECRETS),
     Detail("PPO", "The ratio clipped", "--clip-low, --clip-high", "rlhf/losses.py", "def clipped_surrogate_loss",

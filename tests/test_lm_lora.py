@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlhf.checks import InputError
 from rlhf.lm.config import AdapterConfig, RunConfig
+from rlhf.lm.critic import Critic
 from rlhf.lm.experience import predict
 from rlhf.lm.lora import CRITIC, add_adapter, merged, save_adapter, trained_state, using
-from rlhf.lm.models import Critic, Roles, assemble_roles, load_actor, load_reward_model, new_reward_model
+from rlhf.lm.models import Roles, assemble_roles, load_actor, load_reward_model, new_reward_model
 from rlhf.lm.reward_modeling import PairFitConfig, RewardModelingConfig, reward_model_trainer, scores
 from rlhf.lm.rows import Pair
 from rlhf.lm.trainer import Trainer

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForTokenClassification, GenerationConfig
 
 from rlhf.checks import InputError
+from rlhf.lm.critic import Critic
 from rlhf.lm.embedded import build_tokenizer
 from rlhf.lm.logprobs import policy_output
-from rlhf.lm.models import Critic, Roles, assemble_roles, end_token_ids, load_actor, load_tokenizer, placed
+from rlhf.lm.models import Roles, assemble_roles, end_token_ids, load_actor, load_tokenizer, placed
 
 PROMPTS = ["1+2=", "12345+678=", "9"]
 COMPLETIONS = ["3", "12", "4567"]

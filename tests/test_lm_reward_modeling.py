@@ -11,7 +11,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf.checks import InputError
 from rlhf.lm.config import RunConfig
-from rlhf.lm.models import Critic, head_of, load_reward_model, new_reward_model
+from rlhf.lm.critic import Critic, head_of
+from rlhf.lm.models import load_reward_model, new_reward_model
 from rlhf.lm.reward_modeling import (
     PairFitConfig,
     RewardModelingConfig,

@@ -163,6 +163,24 @@ def test_too_few_rows_are_an_error_before_a_model_is_made(tmp_path: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
+def test_a_row_longer_than_the_model_is_an_error_before_a_folder_is_made(tmp_path: Path) -> None:
+    def with_positions(count: int) -> SupervisedTrainer:
+        return sft_trainer(
+            config(tmp_path / str(count)),
+            tokenizer=tokenizer,
+            train=DATA[:24],
+            held_out=DATA[24:],
+            make_model=lambda: tiny_model(architecture="gpt2", n_positions=count),
+        )
+
+    longest = max(demonstration.tokens for demonstration in DATA)
+    with pytest.raises(InputError, match=f"longest row has {longest} tokens.*pass --max-tokens {longest - 1} or less"):
+        with_positions(longest - 1)
+    assert not (tmp_path / str(longest - 1)).exists()
+    with_positions(longest).train()
+    assert (tmp_path / str(longest) / "final").is_dir()
+
+
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """Nine rows a step, of which one process takes five and the other four, in micro-batches of at most three."""
     trainer(tmp_path / "alone", batch_size=9, micro_batch_size=3).train()

@@ -26,9 +26,10 @@ from rlhf.checks import InputError
 from rlhf.conventions import CONVENTIONS
 from rlhf.lm import experience, optimizer, update
 from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
+from rlhf.lm.critic import head_of
 from rlhf.lm.embedded import build_tokenizer
 from rlhf.lm.logprobs import policy_output
-from rlhf.lm.models import assemble_roles, head_of
+from rlhf.lm.models import assemble_roles
 from rlhf.lm.rewards import RewardModel, exact_answer
 from rlhf.lm.rollout import collect
 from rlhf.lm.tasks import Task, arithmetic

@@ -15,8 +15,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from rlhf.checks import InputError
 from rlhf.lm.config import AdapterConfig, RunConfig
+from rlhf.lm.critic import Critic
 from rlhf.lm.lora import add_adapter, save_adapter
-from rlhf.lm.models import Critic, assemble_roles, load_actor, load_reward_model, new_reward_model
+from rlhf.lm.models import assemble_roles, load_actor, load_reward_model, new_reward_model
 from rlhf.lm.reward_modeling import PairFitConfig, RewardModelingConfig, reward_model_trainer
 from rlhf.lm.rewards import RewardModel
 from rlhf.lm.rows import Pair

@@ -14,8 +14,9 @@ from tiny import tiny_model
 
 from rlhf.checks import InputError
 from rlhf.lm import embedded_preferences as embedded
+from rlhf.lm.critic import Critic
 from rlhf.lm.embedded import build_tokenizer
-from rlhf.lm.models import Critic, load_actor, load_reward_model, load_tokenizer
+from rlhf.lm.models import load_actor, load_reward_model, load_tokenizer
 from rlhf.lm.rewards import RewardModel
 from rlhf.run import read_json_lines
 

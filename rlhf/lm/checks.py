@@ -3,14 +3,16 @@
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from accelerate import Accelerator
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checks import InputError
 from rlhf.lm.config import SamplingConfig, TrainerConfig
-from rlhf.lm.rewards import RewardFunction, name_of, score
-from rlhf.lm.rollout import OVERLONG, PromptSet
+from rlhf.lm.lora import adapter_layers
+from rlhf.lm.rewards import RewardFunction, RewardModel, name_of, score
+from rlhf.lm.rollout import OVERLONG
 from rlhf.lm.tasks import Task
 from rlhf.lm.verifier_pool import VerifierPool
 
@@ -104,21 +106,99 @@ def check_rewards(
             raise InputError(f"nothing could be judged on a first try: {function.last_fault}")
 
 
-def check_context(actor: PreTrainedModel, train: PromptSet, held_out: PromptSet, sampling: SamplingConfig) -> None:
-    """The longest prompt and max_new_tokens fit the positions the model knows.
+def positions(model_config: PreTrainedConfig) -> int | None:
+    """How many tokens a sequence may have; None: the model does not say."""
+    limit: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
+def check_actor(actor: PreTrainedModel, longest_prompt: int, sampling: SamplingConfig) -> None:
+    """A transformers model without adapters, whose positions hold the longest prompt and max_new_tokens.
 
     Raises:
-        InputError: they do not.
+        InputError: it is not.
     """
-    longest = max(len(ids) for prompts in (train, held_out) for ids in prompts.token_ids)
-    limit = getattr(actor.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and longest >= limit:
+    if not isinstance(actor, PreTrainedModel) or adapter_layers(actor):
         raise InputError(
-            f"the longest prompt has {longest} tokens, as many as the model's {limit} positions or more: pass "
+            f"make_actor must return a transformers model without adapters, got {type(actor).__name__}: return the "
+            "plain model and pass a lora_rank, or merge its adapters first (merge_and_unload())"
+        )
+    limit = positions(actor.config)
+    if limit is not None and longest_prompt >= limit:
+        raise InputError(
+            f"the longest prompt has {longest_prompt} tokens, as many as the model's {limit} positions or more: pass "
             f"--drop-long-prompts and a --max-prompt-tokens below {limit} that leaves room for completions"
         )
-    if limit is not None and longest + sampling.max_new_tokens > limit:
+    if limit is not None and longest_prompt + sampling.max_new_tokens > limit:
         raise InputError(
-            f"the longest prompt has {longest} tokens and max_new_tokens is {sampling.max_new_tokens}, together more "
-            f"than the model's {limit} positions: pass --max-new-tokens {limit - longest} or less"
+            f"the longest prompt has {longest_prompt} tokens and max_new_tokens is {sampling.max_new_tokens}, together "
+            f"more than the model's {limit} positions: pass --max-new-tokens {limit - longest_prompt} or less"
         )
+
+
+def check_other_models(
+    config: TrainerConfig, functions: Sequence[RewardFunction], tokenizer: PreTrainedTokenizerBase, longest_prompt: int
+) -> None:
+    """What reads the actor's sequences beside it, as far as it can be told before anything is built.
+
+    Raises:
+        InputError: see below.
+    """
+    tokens = longest_prompt + config.sampling.max_new_tokens
+    _check_reward_models(functions, tokenizer, tokens)
+    if config.source.critic_from is not None:
+        _check_critic_source(config.source.critic_from, tokenizer, tokens)
+
+
+def _check_critic_source(source: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
+    """A critic that starts from a model of its own reads the actor's tokens as the actor does, and as many.
+
+    Args:
+        source: folder or hub id. One without a config.json (a value head alone, or nothing) has nothing to compare.
+        tokens: of the longest sequence.
+    Raises:
+        InputError: it does not.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError):
+        return
+    size, limit = config.get_text_config().vocab_size, positions(config)
+    advice = "give a model of the actor's own family, or --critic-from None for a critic from the actor's trunk"
+    if len(tokenizer) > size:
+        raise InputError(
+            f"the critic {source!r} knows {size} tokens, the actor's tokenizer has {len(tokenizer)}: {advice}"
+        )
+    if limit is not None and tokens > limit:
+        raise InputError(
+            f"the critic {source!r} knows {limit} positions, and sequences may have {tokens} tokens: pass a smaller "
+            f"--max-new-tokens, or {advice}"
+        )
+    if Path(source).is_dir() and not (Path(source) / "tokenizer_config.json").is_file():
+        return  # a run's critic/ folder
+    try:
+        theirs = {number: token for token, number in AutoTokenizer.from_pretrained(source).get_vocab().items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # it has none
+    for token, number in tokenizer.get_vocab().items():
+        if theirs.get(number, token) != token:
+            raise InputError(
+                f"the critic {source!r} reads token {number} as {theirs[number]!r}, the actor as {token!r}: {advice}"
+            )
+
+
+def _check_reward_models(functions: Sequence[RewardFunction], tokenizer: PreTrainedTokenizerBase, tokens: int) -> None:
+    """Reward models with the actor's vocabulary have positions for the longest sequence. (Others say so when a text is
+    too long.)
+
+    Raises:
+        InputError: one has not.
+    """
+    for function in functions:
+        if isinstance(function, RewardModel) and isinstance(function.model, PreTrainedModel):
+            limit, same = positions(function.model.config), function.tokenizer.get_vocab() == tokenizer.get_vocab()
+            if same and limit is not None and tokens > limit:
+                raise InputError(
+                    f"the reward model knows {limit} positions, and prompt and completion may have {tokens} tokens: "
+                    "pass a smaller --max-prompt-tokens with --drop-long-prompts, or a smaller --max-new-tokens"
+                )

@@ -25,12 +25,13 @@ from transformers import PreTrainedModel
 from rlhf.checks import InputError, brief
 from rlhf.lm.batching import CPU_TOKENS, GPU_TOKENS
 from rlhf.lm.config import OptimizerKind, TrainerConfig
+from rlhf.lm.critic import Critic, head_of
 from rlhf.lm.generation.memory import SAMPLING_COPIES, free_bytes
 from rlhf.lm.head import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, KEPT_BYTES, widened
 from rlhf.lm.layers import wrap_layers
 from rlhf.lm.logprobs import trunk_of
 from rlhf.lm.lora import CRITIC, add_adapter, using
-from rlhf.lm.models import Critic, Roles, assemble_roles, head_of
+from rlhf.lm.models import Roles, assemble_roles
 from rlhf.run.atomic import written_aside
 
 HEAD_ARRAYS = 3  # of a chunk's logits, at a time: logits, log-softmax and the gradient

@@ -225,6 +225,7 @@ class RewardModel:
                 "batch: set tokenizer.pad_token to a token that texts do not hold"
             )
         known = model.config.get_text_config().vocab_size
+        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if len(tokenizer) > known:
             raise InputError(
                 f"the tokenizer has {len(tokenizer)} tokens but the reward model knows {known}: give the model's own"
@@ -248,6 +249,12 @@ class RewardModel:
             part = texts[start : start + self.batch_size]
             # Padded on the right, tokens keep their positions: a score must not depend on the texts beside it.
             batch = self.tokenizer(part, padding=True, padding_side="right", return_tensors="pt")
+            longest, limit = batch["input_ids"].shape[1], self._positions
+            if limit is not None and longest > limit:
+                raise InputError(
+                    f"a text has {longest} of the reward model's tokens, and it knows {limit} positions: pass a "
+                    "smaller --max-new-tokens, or let `render` shorten texts"
+                )
             batch = {key: batch[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
             scores += self.model(**batch).logits[:, 0].float().tolist()
         return scores

@@ -7,7 +7,7 @@ counted over the whole step before the first backward, and gradients are summed:
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, Protocol, TypeVar, get_args
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from rlhf.checks import InputError, check_choice, check_range
-from rlhf.lm.checks import MAY_CHANGE, check_launch
+from rlhf.lm.checks import MAY_CHANGE, check_launch, positions
 from rlhf.lm.config import AdapterConfig, LRSchedule, RunConfig
 from rlhf.lm.data import DataConfig
 from rlhf.lm.hub import check_hub, push
@@ -41,7 +41,17 @@ from rlhf.run import (
     truncate_after,
 )
 
-R = TypeVar("R")
+
+class HasTokens(Protocol):
+    """A row."""
+
+    @property
+    def tokens(self) -> int:
+        """Of its longest sequence."""
+        ...
+
+
+R = TypeVar("R", bound=HasTokens)
 
 
 @dataclass(frozen=True)
@@ -171,6 +181,7 @@ class SupervisedTrainer(Generic[R]):
             check_creatable(run.run_dir)
         set_seed(run.seed)
         self.model = placed(make_model(), accelerator.device).eval()
+        self._check_lengths()
         if accelerator.num_processes > 1:
             broadcast([tensor.data for tensor in (*self.model.parameters(), *self.model.buffers())])
         if config.adapter.lora_rank:
@@ -185,6 +196,14 @@ class SupervisedTrainer(Generic[R]):
         elif accelerator.is_main_process:
             RunFolder.create(run.run_dir, config.as_dict())
         accelerator.wait_for_everyone()
+
+    def _check_lengths(self) -> None:
+        longest, limit = max(row.tokens for row in (*self.train_rows, *self.held_out)), positions(self.model.config)
+        if limit is not None and longest > limit:
+            raise InputError(
+                f"the longest row has {longest} tokens, more than the model's {limit} positions: pass --max-tokens "
+                f"{limit} or less"
+            )
 
     def _count_steps(self) -> int:
         fit, rows = self.config.optimization, len(self.train_rows)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +13,18 @@ from accelerate.utils import broadcast, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.kl import adapt_kl_coef_proportionally
-from rlhf.lm.checks import MAY_CHANGE, check_context, check_processes, check_rewards
+from rlhf.lm.checks import MAY_CHANGE, check_actor, check_other_models, check_processes, check_rewards
 from rlhf.lm.config import TrainerConfig
 from rlhf.lm.dynamic_sampling import Batch
 from rlhf.lm.evaluation import HeldOut
 from rlhf.lm.experience import Experience, build_experience, sequence_kl
 from rlhf.lm.generation import Engine, build_engine
 from rlhf.lm.hub import check_hub, push
+from rlhf.lm.initial import load_initial, origin_of, save_initial
 from rlhf.lm.layers import wrap_layers
-from rlhf.lm.lora import bare, load_trained_state, merged, save_adapter, trained_state
+from rlhf.lm.lora import load_trained_state, merged, save_adapter, trained_state
 from rlhf.lm.memory_plan import plan_run, show_plan, write_plan
-from rlhf.lm.models import assemble_roles, end_token_ids, load_actor, placed
+from rlhf.lm.models import assemble_roles, check_tokenizer, end_token_ids, placed
 from rlhf.lm.optimizer import build_learner, check_optimizer
 from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_rows, verifier_counts
 from rlhf.lm.rewards import RewardFunction, RewardModel, on_trunk, whole_models
@@ -49,8 +49,6 @@ from rlhf.run import (
     truncate_after,
 )
 
-INITIAL = "initial"  # in the run folder: the first actor, which is the reference and where a resumed run starts from
-
 
 class Trainer:
     """Trains an actor on a task by PPO or GRPO, as the config says.
@@ -59,7 +57,7 @@ class Trainer:
 
     Args:
         config: the run.
-        tokenizer: the actor's, padding on the left.
+        tokenizer: the actor's; without a pad token it gets the end-of-sequence token as one.
         task: prompts, held-out prompts and their verifier.
         make_actor: builds the starting actor; called once all checks have passed, and not at all on resume.
         reward_functions: what is trained for; the task's verifier if None. A `RewardModel` is one too.
@@ -89,6 +87,7 @@ class Trainer:
         self.config, self.tokenizer, self.accelerator, self.task = config, tokenizer, accelerator, task
         self.reward_functions = [task.verifier] if reward_functions is None else list(reward_functions)
         self.reward_weights = reward_weights
+        check_tokenizer(tokenizer)
         check_processes(config, accelerator)
         check_optimizer(config.optimization)
         scorers = on_trunk((*self.reward_functions, task.verifier))
@@ -128,16 +127,19 @@ class Trainer:
         make_engine: Callable[[PreTrainedModel], Engine] | None,
     ) -> None:
         config, accelerator = self.config, self.accelerator
+        longest = max(len(ids) for x in (self.train_prompts, held_out_prompts) for ids in x.token_ids)
+        check_other_models(config, self.reward_functions, self.tokenizer, longest)
         if config.run.resume:
-            actor = load_actor(str(self.folder.path / INITIAL), dtype="auto")
+            actor, self._origin = load_initial(self.folder.path)
         else:
             actor = make_actor()
-            check_context(actor, self.train_prompts, held_out_prompts, config.sampling)
+            check_actor(actor, longest, config.sampling)
+            self._origin = origin_of(actor)
         self.memory_plan = plan_run(
             actor,
             config,
             accelerator,
-            longest_prompt=max(len(ids) for x in (self.train_prompts, held_out_prompts) for ids in x.token_ids),
+            longest_prompt=longest,
             reward_models=whole_models(self.reward_functions),
         )
         actor = placed(actor, accelerator.device)
@@ -176,7 +178,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             RunFolder.create(self.folder.path, self.config.as_dict())
             if self.config.run.checkpoint_every > 0:
-                self._save_actor(self.folder.path / INITIAL, trunk_alone=True)
+                save_initial(self.roles.actor, self.tokenizer, self._origin, self.folder.path)
         if self.config.run.checkpoint_every > 0:
             self.save_checkpoint()
         self.accelerator.wait_for_everyone()
@@ -358,12 +360,6 @@ class Trainer:
                 truncate_after(path, self.step if self.step > 0 else -1)  # step 0 starts with its evaluation again
         self.accelerator.wait_for_everyone()
 
-    def _save_actor(self, path: Path, *, trunk_alone: bool = False) -> None:
-        """`trunk_alone`: without adapters and as it was loaded, quantised or not."""
-        actor = self.roles.actor
-        (bare(actor) if trunk_alone else merged(actor)).save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
-
     def _finish(self, last: dict[str, float]) -> dict[str, float]:
         """Final model and plots; says where everything is."""
         assert self.first_evaluation is not None
@@ -373,7 +369,8 @@ class Trainer:
             for name in ("greedy", "sampled")
         }
         if self.accelerator.is_main_process:
-            self._save_actor(self.folder.final)
+            merged(self.roles.actor).save_pretrained(self.folder.final)
+            self.tokenizer.save_pretrained(self.folder.final)
             if self.config.adapter.lora_rank:
                 save_adapter(self.roles.actor, self.folder.final / "adapter")
             if self.roles.critic is not None:

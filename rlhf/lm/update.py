@@ -19,9 +19,10 @@ from rlhf.checks import InputError
 from rlhf.kl import kl_estimate
 from rlhf.lm.batching import LayoutKind, deal
 from rlhf.lm.config import TrainerConfig
+from rlhf.lm.critic import Critic
 from rlhf.lm.experience import Experience, Plan, Predictions, plan_micro_batches, prompts_to_share
 from rlhf.lm.logprobs import PolicyOutput, policy_output
-from rlhf.lm.models import Critic, Roles
+from rlhf.lm.models import Roles
 from rlhf.masking import masked_sum
 from rlhf.objective import critic_loss, kl_to_reference, loss_denominator, policy_loss
 from rlhf.reduce import reduce
