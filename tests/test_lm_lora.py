@@ -65,6 +65,17 @@ def test_merged_it_says_the_same_without_adapters(architecture: str) -> None:
     torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_merged_into_tied_embeddings_the_head_keeps_its_own_weight(tied: bool, tmp_path: Path) -> None:
+    model = tiny_model(tie_word_embeddings=tied)
+    add_adapter(model, AdapterConfig(lora_rank=2, lora_targets="embed_tokens, q_proj"))
+    plain = merged(stir(model))
+    torch.testing.assert_close(logits(plain), logits(model), rtol=0, atol=1e-4)
+    plain.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(load_actor(str(tmp_path))), logits(model), rtol=0, atol=1e-4)
+    assert model.config.tie_word_embeddings == tied
+
+
 @pytest.mark.parametrize("targets", ["q_proj", "q_proj, v_proj"])
 def test_adapters_sit_where_they_are_told_to(targets: str) -> None:
     model = tiny_model()

@@ -109,7 +109,9 @@ def merged(model: PreTrainedModel, name: str = ACTOR) -> PreTrainedModel:
     either. The model itself where it has no adapters."""
     if not adapter_layers(model):
         return model
-    plain = copy.deepcopy(model)
+    plain = _copied(model)
+    if isinstance(plain.get_input_embeddings(), BaseTunerLayer):
+        _untie(plain)
     for path, module in list(plain.named_modules()):
         if isinstance(module, BaseTunerLayer):
             base = module.get_base_layer()
@@ -127,11 +129,31 @@ def merged(model: PreTrainedModel, name: str = ACTOR) -> PreTrainedModel:
     return _without_peft(plain)
 
 
+def _copied(model: PreTrainedModel) -> PreTrainedModel:
+    """A deep copy, in the processor's memory: the device's may be full. (Quantised, it stays where it is.)"""
+    if any(is_quantised(module) for module in model.modules()):
+        return copy.deepcopy(model)
+    tensors = (*model.parameters(), *model.buffers())
+    copies = {id(x): x.detach().to("cpu", copy=True).requires_grad_(x.requires_grad) for x in tensors}
+    for x in model.parameters():
+        copies[id(x)] = nn.Parameter(copies[id(x)], requires_grad=x.requires_grad)
+    return copy.deepcopy(model, copies)
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """A weight of its own for the head: an adapter on the embeddings was no part of it."""
+    head: Any = model.get_output_embeddings()
+    if head is not None:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
 def bare(model: PreTrainedModel) -> PreTrainedModel:
     """A copy without adapters, its weights as they are. The model itself where it has none."""
     if not adapter_layers(model):
         return model
-    plain = copy.deepcopy(model)
+    plain = _copied(model)
     for path, module in list(plain.named_modules()):
         if isinstance(module, BaseTunerLayer):
             plain.set_submodule(path, module.get_base_layer())
