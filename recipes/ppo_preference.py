@@ -76,6 +76,12 @@ PRETRAINED = TrainerConfig(
 
 def main(config: TrainerConfig) -> None:
     source = config.source
+    used = {"task", "model", "reward_model", "critic_from", "drop_long_prompts"}
+    if source.data is not None:
+        used |= {"data", "data_name", "train_split", "test_split", "plain_prompts"}
+    source.check_used(used, by="this recipe" if source.data else "this recipe without --data")
+    if source.task != SOURCE.task:
+        raise InputError(f"--task {source.task!r} does nothing in this recipe: leave it out")
     for path, recipe in ((SFT, "sft"), (REWARD_MODEL, "reward_model")):
         if path in (source.model, source.reward_model, source.critic_from) and not Path(path).exists():
             raise InputError(f"{path} is not there: run recipes/{recipe}.py first, or name your own models")
@@ -109,12 +115,16 @@ class Choice:
 
     data: str | None = None
     """A .jsonl, .json or .parquet file, a folder of them, or a hub id; None: made up on the spot."""
+    reward_model: str = REWARD_MODEL
+    """The critic starts from it too, unless it is an adapter."""
 
 
 def parse(args: list[str]) -> TrainerConfig:
     choice, rest = tyro.cli(Choice, args=args, return_unknown_args=True, add_help=False)
     defaults = EMBEDDED if choice.data is None else PRETRAINED
-    defaults = replace(defaults, source=replace(defaults.source, data=choice.data))
+    critic_from = None if is_adapter(choice.reward_model) else choice.reward_model
+    source = replace(SOURCE, data=choice.data, reward_model=choice.reward_model, critic_from=critic_from)
+    defaults = replace(defaults, source=source)
     return tyro.cli(tyro.conf.OmitArgPrefixes[TrainerConfig], args=rest, default=defaults, description=__doc__)
 
 

@@ -104,7 +104,7 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 
 def test_options_belong_to_the_task_that_has_them() -> None:
-    with pytest.raises(InputError, match="--task-options are reasoning_gym's, and the task is 'arithmetic'"):
+    with pytest.raises(InputError, match=r"--task-options \('size=3',\) does nothing in task 'arithmetic'"):
         load_task(SourceConfig(task_options=("size=3",)), tokenizer)
     with pytest.raises(InputError, match="'reasoning_gym' needs a pretrained model"):
         SourceConfig(task="reasoning_gym", data="lcm")

@@ -203,6 +203,23 @@ def test_load_task_refuses(name: str, data: str | None, problem: str) -> None:
         load_task(SourceConfig(model="m", task=name, data=data), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("arithmetic", {"instruction": "Think."}),
+        ("arithmetic", {"plain_prompts": True}),
+        ("arithmetic", {"verifier_timeout": 1.0}),
+        ("gsm8k", {"partial_credit": True}),
+        ("gsm8k", {"reward_model": "somewhere"}),
+        ("reasoning_gym", {"train_split": "test"}),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(task: str, options: dict[str, Any]) -> None:
+    flag = "--" + next(iter(options)).replace("_", "-")
+    with pytest.raises(InputError, match=f"{flag} .* does nothing in task '{task}'"):
+        load_task(SourceConfig(model="m", task=task, **options), tokenizer)
+
+
 # -- prompts --------------------------------------------------------------------------------------------------------
 
 

@@ -159,6 +159,8 @@ def test_the_chain_on_a_model_and_hh_dialogues_of_ones_own(
             ["--model", "./model", "--reward-model", "./model", "--critic-from", "./model"],
             "'./model' is no reward model",
         ),
+        ("ppo_preference", ["--task", "gsm8k", "--model", "./model"], "--task 'gsm8k' does nothing in this recipe"),
+        ("ppo_preference", ["--train-split", "x"], "--train-split 'x' does nothing in this recipe without --data"),
     ],
 )
 def test_bad_input_is_one_error_before_any_work(
@@ -170,6 +172,17 @@ def test_bad_input_is_one_error_before_any_work(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_critic_starts_from_the_reward_model_that_is_given(tmp_path: Path) -> None:
+    parse = runpy.run_path(str(RECIPES / "ppo_preference.py"))["parse"]
+    adapter = str(tmp_path / "adapter")
+    assert parse(["--reward-model", "mine"]).source.critic_from == "mine"
+    assert parse(["--reward-model", "mine", "--critic-from", "other"]).source.critic_from == "other"
+    assert parse([]).source.reward_model == parse([]).source.critic_from == "runs/reward_model/final"
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert parse(["--reward-model", adapter, "--lora-rank", "2"]).source.critic_from is None
 
 
 def test_the_judge_prefers_by_the_hidden_rule_as_often_as_it_says() -> None:

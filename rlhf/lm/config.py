@@ -1,6 +1,7 @@
 """Everything a run can be told, grouped by topic. Each field is documented, each range checked where it is set."""
 
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -64,6 +65,18 @@ class SourceConfig:
         check_range("verifier_workers", self.verifier_workers, low=0)
         check_range("verifier_timeout", self.verifier_timeout, low=0, low_open=True, high_open=True)
         check_range("verifier_memory_mb", self.verifier_memory_mb, low=1)
+
+    def check_used(self, used: Collection[str], *, by: str) -> None:
+        """No option is set that would do nothing.
+
+        Raises:
+            InputError: one is.
+        """
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value != option.default and option.name not in used:
+                flag = f"--{option.name.replace('_', '-')}"
+                raise InputError(f"{flag} {value!r} does nothing in {by}: leave it out")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,17 @@ from rlhf.lm.verifiers import (
 from rlhf.run.seeding import generator_for
 
 TASKS = ("arithmetic", "gsm8k", "reasoning_gym")
+# Options that every task heeds (data in that it is refused), and those of each.
+_EVERY = {"task", "model", "data", "critic_from", "drop_long_prompts"}
+_ASKED = {
+    "instruction",
+    "plain_prompts",
+    "verifier_workers",
+    "verifier_timeout",
+    "verifier_memory_mb",
+    "verifier_strict",
+}
+_OF_TASK = {"arithmetic": set[str](), "gsm8k": _ASKED, "reasoning_gym": _ASKED | {"task_options", "partial_credit"}}
 BOXED = "Think step by step, then give the final answer as \\boxed{number}."
 TAGGED = (
     "Think step by step, then give the final answer between <answer> and </answer>."  # as reasoning-gym asks for it
@@ -54,8 +65,7 @@ def load_task(source: SourceConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     name, data = source.task, source.data
     if name not in TASKS:
         raise InputError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
-    if source.task_options and name != "reasoning_gym":
-        raise InputError(f"--task-options are reasoning_gym's, and the task is {name!r}: leave them out")
+    source.check_used(_EVERY | _OF_TASK[name], by=f"task {name!r}")
     if name == "gsm8k":
         return gsm8k(
             data,
