@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, encode, exact_norms, sequences_of, tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel, Qwen2MoeConfig
 
 from rlhf.lm import logprobs, shared_prompts
 from rlhf.lm.batching import LayoutKind, Prompts, deal, lay_out, micro_batches, shared_tokens
@@ -216,6 +216,17 @@ def test_attention_that_sees_both_ways_is_not_given_shared_prompts() -> None:
     trunk.layers[0].self_attn.is_causal = False
     with pytest.warns(UserWarning, match="more than causal attention"):
         assert not can_share_prompts(trunk)
+
+
+def test_a_window_that_only_the_mask_knows_is_not_given_shared_prompts() -> None:
+    """12 tokens, longer than what the model is tried on."""
+    config = Qwen2MoeConfig(
+        vocab_size=15, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, num_experts=2, num_experts_per_tok=1, use_sliding_window=True, sliding_window=12,
+        max_window_layers=1,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="more than causal attention"):
+        assert not can_share_prompts(trunk_of(AutoModelForCausalLM.from_config(config).eval()))
 
 
 @every_kind

@@ -124,6 +124,24 @@ def test_a_critic_reads_what_the_actor_reads(
     assert not (tmp_path / "run").exists()
 
 
+def test_frequencies_that_depend_on_the_batch_are_refused(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+    }
+
+    def beyond(known: int) -> Callable[[], PreTrainedModel]:
+        return lambda: tiny_model(rope_parameters={**rope, "original_max_position_embeddings": known})
+
+    with pytest.raises(InputError, match="may have 9 tokens, and beyond 8"):
+        make_trainer(make_config(tmp_path / "run"), make_actor=beyond(8))
+    assert not (tmp_path / "run").exists()
+    make_trainer(make_config(tmp_path / "run"), make_actor=beyond(9)).train_step()
+
+
 def test_a_reward_model_has_positions_for_what_it_judges(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
 

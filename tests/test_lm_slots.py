@@ -21,6 +21,7 @@ from transformers import (
     MambaConfig,
     MinPLogitsWarper,
     PreTrainedModel,
+    Qwen2MoeConfig,
     Qwen3NextConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -459,6 +460,9 @@ def refused_models() -> dict[str, Any]:
             T5Config(vocab_size=15, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         ),
         "virtual tokens": prompt_tuned,
+        "sliding window that its attention function is not told of": lambda: of(  # 12: longer than any probe
+            Qwen2MoeConfig(**_TINY, **_EXPERTS, use_sliding_window=True, sliding_window=12, max_window_layers=1)
+        ),
         "no other mask": own_mask,
         "total variation": unlike_itself,
     }

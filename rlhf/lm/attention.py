@@ -1,10 +1,14 @@
-"""Another attention function for a model of transformers, for a while."""
+"""Another attention function for a model of transformers, for a while; and what a model tells its attention."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
-from transformers import PreTrainedConfig
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+
+_LISTENER = "rlhf_listener"
 
 
 @contextmanager
@@ -21,3 +25,38 @@ def attending_through(model: nn.Module, name: str) -> Iterator[None]:
     finally:
         for config, implementation in before:
             config._attn_implementation = {"": implementation}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within: eval mode; then each module's own mode again."""
+    in_training = [module for module in model.modules() if module.training]
+    try:
+        for module in in_training:
+            module.training = False
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+@torch.no_grad()
+def hides_windows(model: PreTrainedModel) -> bool:
+    """Whether it has sliding windows and tells its mask alone of them: no attention function hears of any. A few tokens
+    through the model would not show it: they fit into the window."""
+    config = model.config.get_text_config(decoder=True)
+    types = getattr(config, "layer_types", None)
+    if getattr(config, "sliding_window", None) is None or (types is not None and "sliding_attention" not in types):
+        return False
+    heard: set[int | None] = set()
+
+    def listen(
+        _module: nn.Module, query: Tensor, *_args: Any, sliding_window: int | None = None, **_others: Any
+    ) -> tuple[Tensor, None]:
+        heard.add(sliding_window)
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register(_LISTENER, listen)
+    with evaluating(model), attending_through(model, _LISTENER):
+        model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
+    return heard == {None}

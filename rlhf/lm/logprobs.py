@@ -1,8 +1,7 @@
 """From token sequences to log-probs, entropies and hidden states, at sampling temperature."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.checks import InputError
+from rlhf.lm.attention import evaluating, hides_windows
 from rlhf.lm.batching import LayoutKind, lay_out
 from rlhf.lm.head import Head, token_terms, widened
 from rlhf.lm.shared_prompts import attending
@@ -176,7 +176,7 @@ def can_share_prompts(trunk: PreTrainedModel) -> bool:
         types = getattr(trunk.config.get_text_config(), "layer_types", None) or ()
         known = trunk._supports_attention_backend and {*types} <= {"full_attention", "sliding_attention"}
         with suppress(InputError):  # of the attention function
-            known = known and _keeps_states(trunk, "shared")
+            known = known and not hides_windows(trunk) and _keeps_states(trunk, "shared")
             _shares_prompts[trunk] = known
         if not _shares_prompts.setdefault(trunk, False):
             warnings.warn(
@@ -230,7 +230,7 @@ def _makes_the_logits(model: PreTrainedModel, head: Head) -> bool:
 
     ids, mask, _ = _probe(model.device, len(head.weight))
     inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids(mask), "use_cache": False}
-    with _evaluating(model):
+    with evaluating(model):
         handle = trunk.register_forward_hook(catch)
         try:
             logits = model(**inputs).logits
@@ -253,7 +253,7 @@ def _keeps_states(trunk: PreTrainedModel, kind: LayoutKind) -> bool:
     weight = next(trunk.parameters())
     embeddings: Any = trunk.get_input_embeddings()
     probe = _probe(weight.device, len(embeddings.weight))
-    with _evaluating(trunk):
+    with evaluating(trunk):
         expected, found = (action_states(trunk, *probe, layout=which) for which in ("given", kind))
     is_half = weight.dtype.itemsize < 4 or torch.is_autocast_enabled(weight.device.type)
     return _is_close(found, expected, 0.1 if is_half else 3e-3)
@@ -272,15 +272,3 @@ def _probe(device: torch.device, vocabulary: int) -> tuple[Tensor, Tensor, Tenso
 def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Measured by the largest number."""
     return bool((found.double() - expected.double()).abs().max() <= tolerance * expected.double().abs().max())
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off, for a comparison."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

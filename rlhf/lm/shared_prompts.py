@@ -166,10 +166,13 @@ def _masks(
     if key not in row.masks:
         in_prompt = torch.arange(row.prompts.shape[1], device=row.prompts.device)
         past = in_prompt[:, None] - in_prompt
-        distances = row.query_positions[:, :, None] - row.key_positions[:, None, :]
-        seen, sees = past >= 0, row.is_key[:, None] & (distances >= 0)
+        queries, keys = (
+            row.query_positions[:, :, None],
+            row.key_positions[:, None, :],
+        )
+        seen, sees = past >= 0, row.is_key[:, None] & (keys <= queries)
         if window is not None:
-            seen, sees = seen & (past < window), sees & (distances < window)
+            seen, sees = seen & (past < window), sees & (keys > queries - window)
         needs_mask = written_out or (window is not None and window < len(in_prompt))
         row.masks[key] = (_additive(seen[None, None], dtype) if needs_mask else None, _additive(sees[:, None], dtype))
     return row.masks[key]

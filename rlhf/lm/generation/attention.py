@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf.checks import InputError
-from rlhf.lm.attention import attending_through
+from rlhf.lm.attention import attending_through, evaluating, hides_windows
 
 NAME = "rlhf_slots"
 REMEDY = "use the plain engine: --engine transformers"
@@ -245,25 +245,12 @@ def attending(model: nn.Module, attention: SlotAttention) -> Iterator[None]:
     """Within: the model attends through `attention`, in eval mode. Afterwards everything is as it was."""
     global _active
     outer = _active
-    with _evaluating(model), attending_through(model, NAME):
+    with evaluating(model), attending_through(model, NAME):
         try:
             _active = attention
             yield
         finally:
             _active = outer
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and each module's own mode again."""
-    in_training = [module for module in model.modules() if module.training]
-    try:
-        for module in in_training:
-            module.training = False
-        yield
-    finally:
-        for module in in_training:
-            module.training = True
 
 
 def check_supported(model: nn.Module) -> None:
@@ -300,6 +287,8 @@ def probe(model: nn.Module, token_ids: Tensor) -> list[LayerShape]:
     check_supported(model)
     inner = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
     name = type(inner).__name__
+    if hides_windows(inner):
+        raise InputError(f"{name} has a sliding window that its attention function is not told of: {REMEDY}")
     positions = torch.arange(token_ids.shape[1], device=token_ids.device)[None]
     attention = SlotAttention(1, token_ids.shape[1], [], token_ids.device)
     with attending(model, attention):
@@ -314,7 +303,7 @@ def probe(model: nn.Module, token_ids: Tensor) -> list[LayerShape]:
             f"{name} has {expected_layers} layers, of which {layers} took their attention from transformers' "
             f"AttentionInterface: {REMEDY}"
         )
-    with _evaluating(model):
+    with evaluating(model):
         expected = model(
             input_ids=token_ids, attention_mask=torch.ones_like(token_ids), position_ids=positions, use_cache=False
         ).logits
