@@ -1,6 +1,7 @@
 """The actor that `make_actor` returns and the models beside it: what is refused, what a resumed run has of them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,20 @@ def test_a_critic_reads_what_the_actor_reads(
     with pytest.raises(InputError, match=message):
         make_trainer(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_with_other_columns_are_refused_wherever_they_are(tmp_path: Path) -> None:
+    task = small_task()
+    rows = [dict(row) for row in task.train]
+    rows[40]["source"] = "elsewhere"
+    with pytest.raises(InputError, match=r"row 41 .* \['answer', 'prompt', 'source'\]"):
+        make_trainer(make_config(tmp_path / "run"), task=replace(task, train=rows))
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_precision_weights_are_trained_under_protest(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="trained weights are bfloat16.*lost in rounding"):
+        make_trainer(make_config(tmp_path), make_actor=lambda: tiny_model(dtype=torch.bfloat16))
 
 
 def test_frequencies_that_depend_on_the_batch_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from rlhf.checks import InputError
 from rlhf.lm.config import SourceConfig
 from rlhf.lm.embedded import build_tokenizer
 from rlhf.lm.rewards import exact_answer, name_of
+from rlhf.lm.rows import demonstration
 from rlhf.lm.tasks import Task, addition_row, arithmetic, gsm8k, load_task, pad_left, tokenize_prompts
 from rlhf.lm.verifier_pool import VerifierPool
 
@@ -147,6 +148,19 @@ def test_a_start_token_that_the_template_writes_is_not_added_again(tmp_path: Pat
 def test_a_plain_prompt_gets_the_start_token_the_model_was_trained_with() -> None:
     plain = starting(build_tokenizer())
     assert tokenize_prompts([{"prompt": "1+1="}], plain, max_prompt_tokens=9)[1] == [plain("1+1=")["input_ids"]]
+
+
+def test_a_prompt_does_not_end_the_sequence() -> None:
+    """With a tokenizer that ends every text."""
+    ending = build_tokenizer()
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {ending.eos_token}", special_tokens=[(ending.eos_token, ending.eos_token_id)]
+    )
+    assert ending("1+1=")["input_ids"][-1] == ending.eos_token_id
+    assert tokenize_prompts([{"prompt": "1+1="}], ending, max_prompt_tokens=9)[1] == [[6, 3, 6, 4]]
+    with_end = demonstration({"prompt": "1+1=", "completion": "2"}, ending)
+    assert with_end == demonstration({"prompt": "1+1=", "completion": "2"}, tokenizer)
+    assert demonstration({"text": "1+1=2"}, ending) == demonstration({"text": "1+1=2"}, tokenizer)
 
 
 @pytest.mark.parametrize(

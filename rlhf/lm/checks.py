@@ -95,6 +95,12 @@ def check_rewards(
             f"task {task.name!r} needs rows to train on and held-out rows, got {len(task.train)} and "
             f"{len(task.held_out)}"
         )
+    for number, row in enumerate((*task.train, *task.held_out), start=1):
+        if row.keys() != task.train[0].keys():
+            raise InputError(
+                f"all rows must have the same columns: the first has {sorted(task.train[0])}, row {number} (training "
+                f"rows, then held-out ones) {sorted(row)}"
+            )
     probe = list(task.train[:2])
     completions = ["", "0"][: len(probe)]
     ids = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in completions]

@@ -1,5 +1,6 @@
 """The optimizer that the config names, and the course of its learning rates."""
 
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -51,7 +52,16 @@ def build_optimizer(groups: list[list[nn.Parameter]], optimization: Optimization
 
 def build_learner(roles: Roles, optimization: OptimizationConfig, accelerator: Accelerator) -> Learner:
     """The roles with their optimizer and its schedule."""
-    optimizer = build_optimizer(roles.parameter_groups(), optimization)
+    groups = roles.parameter_groups()
+    narrow = {str(p.dtype).removeprefix("torch.") for group in groups for p in group if p.dtype.itemsize < 4}
+    if narrow:
+        warnings.warn(
+            f"trained weights are {', '.join(narrow)}: most steps of a learning rate of {optimization.learning_rate} "
+            "are lost in rounding; load the model in float32, and launch with accelerate's --mixed_precision bf16 for "
+            "speed",
+            stacklevel=2,
+        )
+    optimizer = build_optimizer(groups, optimization)
     scheduler = get_scheduler(
         optimization.lr_schedule if optimization.lr_schedule != "constant" else "constant_with_warmup",
         optimizer,

@@ -56,6 +56,20 @@ class Unusable(Exception):
     """Why a row is left out."""
 
 
+def unended(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True
+) -> list[list[int]]:
+    """Tokens of texts that something is to follow: without the end-of-sequence token that some tokenizers add to every
+    text, after which a model has nothing more to say."""
+    token_ids: list[list[int]] = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
+    end = [tokenizer.eos_token_id]
+    if all(ids[-1:] == end for ids in token_ids):
+        plain, whole = (tokenizer("a", add_special_tokens=x)["input_ids"] for x in (False, add_special_tokens))
+        if whole[-1:] == end and plain[-1:] != end:
+            return [ids[:-1] for ids in token_ids]
+    return token_ids
+
+
 def demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, *, plain_text: bool = False) -> Demonstration:
     """A row of any known form as a demonstration. A completion ends with the end-of-sequence token.
 
@@ -63,7 +77,7 @@ def demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, *, plain_text: b
         InputError: no known form, or messages and no chat template.
     """
     if row.get("text") is not None:
-        ids = [*tokenizer(_text(row, "text"))["input_ids"], tokenizer.eos_token_id]
+        ids = [*unended([_text(row, "text")], tokenizer)[0], tokenizer.eos_token_id]
         return Demonstration(ids[:1], ids[1:], [True] * (len(ids) - 1))
     if row.get("messages") is not None:
         messages = _messages(row, "messages")
@@ -79,7 +93,7 @@ def demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, *, plain_text: b
     assert isinstance(answer, str)
     if not answer.strip():
         raise Unusable("with an empty answer")
-    prompt_ids = tokenizer(prompt)["input_ids"]
+    prompt_ids = unended([prompt], tokenizer)[0]
     ids = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     if not prompt_ids:  # a model needs a token to start from
         prompt_ids, ids = ids[:1], ids[1:]

@@ -13,6 +13,7 @@ from rlhf.checks import InputError, brief, check_range
 from rlhf.lm.config import SourceConfig
 from rlhf.lm.reasoning_tasks import reasoning_entries
 from rlhf.lm.rewards import RewardFunction, Row
+from rlhf.lm.rows import unended
 from rlhf.lm.verifier_pool import VerifierPool
 from rlhf.lm.verifiers import (
     exact_answer,
@@ -250,7 +251,7 @@ def tokenize_prompts(
     Raises:
         InputError: a prompt is empty, or too long and not to be dropped; or all are dropped.
     """
-    token_ids = tokenizer([row["prompt"] for row in rows], add_special_tokens=add_special_tokens)["input_ids"]
+    token_ids = unended([row["prompt"] for row in rows], tokenizer, add_special_tokens=add_special_tokens)
     lengths = [len(ids) for ids in token_ids]
     if min(lengths) == 0:
         raise InputError(f"row {lengths.index(0) + 1} has an empty prompt: the model needs a token to start from")
