@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from rlhf.run import read_json_lines
 
 # All parts with the same rollouts, minibatches, rates and steps: those of train_pg.
-_SAME = ["pong.train_pg", "--total-steps", "800000"]
+_SAME = ["pong.train_pg"]
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "defaults": {"PPO": ["pong.train_ppo"]},
     "pg": {"REINFORCE, reward-to-go": ["pong.train_pg"]},

@@ -305,7 +305,7 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
             game=replace(shared, repeat_action_probability=0.25),
             algorithm=algorithm,
             network=NetworkConfig(channels=(16, 32), kernels=((8, 8), (4, 4)), strides=((4, 4), (2, 2)), hidden=256),
-            optimization=OptimizationConfig(total_steps=1_500_000, learning_rate=5e-4, final_learning_rate=5e-5),
+            optimization=OptimizationConfig(total_steps=2_000_000, learning_rate=1e-3, final_learning_rate=1e-5),
         )
     fast = replace(shared, frame_height=105, frame_width=80)
     network = NetworkConfig(channels=(16, 32), kernels=((8, 6), (4, 3)), strides=((4, 4), (2, 2)), hidden=256)
