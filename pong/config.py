@@ -285,8 +285,8 @@ def _with_tuples(options: dict[str, Any]) -> dict[str, Any]:
 def preset(name: Preset, game: str = "pong") -> PongConfig:
     """A preset's options for a game.
 
-    fast: no sticky actions; for Pong the three actions that matter, 80 rows of the field at 40 columns, and a point
-    ends the credit. Scores are not comparable with the literature's.
+    fast: no sticky actions; for Pong the three actions that matter, the field alone at 80x80, and a point ends the
+    credit. Scores are not comparable with the literature's.
     v5: the protocol of ALE/Pong-v5 with 84x84 grey frames: sticky actions 0.25, the full minimal action set.
     """
     check_choice("preset", name, get_args(Preset))
@@ -298,27 +298,23 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
         # A miss follows the stroke at once, a won point 20 steps later: a short horizon first teaches to return balls,
         # a longer one then to attack.
         algorithm = replace(algorithm, gamma=0.97, final_gamma=0.99, entropy_coef=0.003)
+    network = NetworkConfig(channels=(16, 32), kernels=((8, 8), (4, 4)), strides=((4, 4), (2, 2)), hidden=256)
     shared = GameConfig(game=game, subtract_background=is_pong, pixel_unit=32.0 if is_pong else 255.0)
     shared = replace(shared, reward_ends_credit=is_pong)
     if name == "v5":
         return PongConfig(
             game=replace(shared, repeat_action_probability=0.25),
             algorithm=algorithm,
-            network=NetworkConfig(channels=(16, 32), kernels=((8, 8), (4, 4)), strides=((4, 4), (2, 2)), hidden=256),
+            network=network,
             optimization=OptimizationConfig(total_steps=2_000_000, learning_rate=1e-3, final_learning_rate=1e-5),
         )
     fast = replace(shared, frame_height=105, frame_width=80)
-    network = NetworkConfig(channels=(16, 32), kernels=((8, 6), (4, 3)), strides=((4, 4), (2, 2)), hidden=256)
     if is_pong:
         # NOOP, RIGHT (up), LEFT (down), whose FIRE variants do the same; the field without score board and borders.
-        fast = replace(fast, actions=(0, 2, 3), frame_width=40, crop_top=17, crop_bottom=97, max_pool=False)
-        # Where on the paddle the ball hits decides where it goes, to a row or so (docs/pong.md, Rows).
-        network = replace(network, strides=((2, 4), (2, 2)))
+        fast = replace(fast, actions=(0, 2, 3), crop_top=17, crop_bottom=97, max_pool=False)
     return PongConfig(
         game=fast,
         algorithm=algorithm,
         network=network,
-        optimization=OptimizationConfig(
-            total_steps=800_000, learning_rate=2e-3, final_learning_rate=2e-5, lr_schedule="geometric"
-        ),
+        optimization=OptimizationConfig(total_steps=700_000, learning_rate=1e-3, final_learning_rate=2e-5),
     )

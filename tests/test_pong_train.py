@@ -99,11 +99,11 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(tmp_path: Path)
     assert found[0] == found[1] != found[2]
 
 
-def test_the_learning_rate_falls_in_a_straight_line_where_told(tmp_path: Path) -> None:
+def test_the_learning_rate_falls_by_the_same_factor_where_told(tmp_path: Path) -> None:
     config = small(tmp_path, total_steps=1024)
-    PongTrainer(replace(config, optimization=replace(config.optimization, lr_schedule="linear"))).train()
+    PongTrainer(replace(config, optimization=replace(config.optimization, lr_schedule="geometric"))).train()
     rows = read_json_lines(tmp_path / "metrics.jsonl")
-    assert [row["lr"] for row in rows] == pytest.approx([2e-3 + k / 4 * (2e-5 - 2e-3) for k in range(4)])
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3 * 0.02 ** (k / 4) for k in range(4)])
 
 
 def test_schedules_follow_the_run_and_every_rollout_draws_its_own(tmp_path: Path, monkeypatch) -> None:
@@ -126,7 +126,7 @@ def test_schedules_follow_the_run_and_every_rollout_draws_its_own(tmp_path: Path
     monkeypatch.setattr("pong.trainer.estimate", recording_estimate)
     PongTrainer(small(tmp_path, total_steps=1024)).train()
     rows = read_json_lines(tmp_path / "metrics.jsonl")
-    assert [row["lr"] for row in rows] == pytest.approx([2e-3 * 0.01 ** (k / 4) for k in range(4)])
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3 + k / 4 * (2e-5 - 1e-3) for k in range(4)])
     entropy = preset("fast").algorithm
     start, end = entropy.entropy_coef, entropy.final_entropy_coef
     assert [row["entropy_coef"] for row in rows] == pytest.approx([start + k / 4 * (end - start) for k in range(4)])
