@@ -33,7 +33,7 @@ def play(envs: AtariEnvs, steps: int, *, seed: int = 0) -> list[np.ndarray]:
 def test_the_fast_preset_has_three_actions_and_the_field_only() -> None:
     envs = make()
     assert envs.action_names == ["NOOP", "RIGHT", "LEFT"]
-    assert envs.reset().shape == (2, 80, 40)
+    assert envs.reset().shape == (2, 80, 80)
     assert envs.reset().dtype == np.uint8
 
 
