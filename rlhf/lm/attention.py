@@ -60,3 +60,9 @@ def hides_windows(model: PreTrainedModel) -> bool:
     with evaluating(model), attending_through(model, _LISTENER):
         model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=False)
     return heard == {None}
+
+
+def positions(model_config: PreTrainedConfig) -> int | None:
+    """How many tokens a sequence may have; None: the model does not say."""
+    limit: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return limit

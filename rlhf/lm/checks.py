@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checks import InputError
+from rlhf.lm.attention import positions
 from rlhf.lm.config import SamplingConfig, TrainerConfig
 from rlhf.lm.lora import adapter_layers
 from rlhf.lm.rewards import RewardFunction, RewardModel, name_of, score
@@ -110,12 +111,6 @@ def check_rewards(
     for function in (*functions, task.verifier):
         if isinstance(function, VerifierPool) and sum(function.take_counts().values()) >= len(probe):
             raise InputError(f"nothing could be judged on a first try: {function.last_fault}")
-
-
-def positions(model_config: PreTrainedConfig) -> int | None:
-    """How many tokens a sequence may have; None: the model does not say."""
-    limit: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    return limit
 
 
 def check_actor(actor: PreTrainedModel, longest_prompt: int, sampling: SamplingConfig) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checks import InputError, brief, check_range
+from rlhf.lm.attention import positions
 from rlhf.lm.trunk_reward import RewardOnTrunk
 from rlhf.lm.verifiers import arguments_for, as_score, exact_answer, math_answer, name_of
 from rlhf.rewards import combine_rewards
@@ -225,7 +226,7 @@ class RewardModel:
                 "batch: set tokenizer.pad_token to a token that texts do not hold"
             )
         known = model.config.get_text_config().vocab_size
-        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._positions = positions(model.config)
         if len(tokenizer) > known:
             raise InputError(
                 f"the tokenizer has {len(tokenizer)} tokens but the reward model knows {known}: give the model's own"

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from rlhf.checks import InputError, check_choice, check_range
-from rlhf.lm.checks import MAY_CHANGE, check_launch, positions
+from rlhf.lm.attention import positions
+from rlhf.lm.checks import MAY_CHANGE, check_launch
 from rlhf.lm.config import AdapterConfig, LRSchedule, RunConfig
 from rlhf.lm.data import DataConfig
 from rlhf.lm.hub import check_hub, push
