@@ -93,7 +93,7 @@ def measure(config: PongConfig, threads: int, repeats: int) -> list[str]:
     )
     a = torch.randn(2048, 2048)
     peak = 2 * 2048**3 / median_seconds(lambda: a @ a, repeats)
-    observations = rollout.history.observations()[: optimization.minibatch_size]
+    observations = rollout.history.observations(network.prepare)[: optimization.minibatch_size]
     arithmetic = flops_per_step(network, observations) * optimization.steps_per_rollout * config.epochs / peak
     collector.close()
     total = optimization.steps_per_rollout

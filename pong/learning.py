@@ -119,7 +119,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         total = rollout.actions.numel()
-        observations = rollout.history.observations()
+        observations = rollout.history.observations(self.network.prepare)
         sums: dict[str, Tensor] = {}
         for _ in range(self.epochs):
             sums = {}

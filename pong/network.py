@@ -23,7 +23,7 @@ class ActorCritic(nn.Module):
         InputError: the frame is too small for the convolutions.
     """
 
-    background: Tensor  # f32 [1, stack, rows, columns], grey levels, the same for every frame of the stack
+    background: Tensor  # f32 [rows, columns], grey levels, the same for every frame of the stack
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class ActorCritic(nn.Module):
                 )
             layers += [nn.Conv2d(channels, width, kernel, stride), nn.ReLU()]
             channels = width
-        layers += [nn.Flatten(), nn.Linear(channels * rows * columns, config.hidden), nn.ReLU()]
+        layers += [_Flatten(), nn.Linear(channels * rows * columns, config.hidden), nn.ReLU()]
         self.trunk = nn.Sequential(*layers)
         self.policy = nn.Linear(config.hidden, actions)
         self.value = nn.Linear(config.hidden, 1)
@@ -59,13 +59,31 @@ class ActorCritic(nn.Module):
                 nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
                 assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
-        self.register_buffer("background", torch.zeros(1, stack, *frame_shape))
+        self.register_buffer("background", torch.zeros(frame_shape))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    def prepare(self, frames: Tensor) -> Tensor:
+        """Frames as the trunk reads them: without the background, in its unit and precision.
+
+        Args:
+            frames: u8 [..., rows, columns]. What is learned from several times is worth preparing once.
+        """
+        return frames.float().sub_(self.background).div_(self.pixel_unit).to(self.precision)
+
     def forward(self, stacks: Tensor) -> tuple[Tensor, Tensor]:
-        """stacks: u8 [B, stack, rows, columns], newest last. Returns logits f32 [B, actions], values f32 [B]."""
-        frames = stacks.to(torch.float32, memory_format=torch.channels_last)
+        """stacks: [B, stack, rows, columns], newest last, u8 or as `prepare` leaves them.
+
+        Returns logits f32 [B, actions], values f32 [B]."""
+        if stacks.dtype == torch.uint8:
+            stacks = self.prepare(stacks)
         with torch.autocast(stacks.device.type, self.precision, enabled=self.precision != torch.float32):
-            hidden = self.trunk(frames.sub_(self.background).div_(self.pixel_unit)).float()
+            hidden = self.trunk(stacks.contiguous(memory_format=torch.channels_last)).float()
         # The heads in float32: an advantage is a difference of values that are closer than bfloat16's steps.
         return self.policy(hidden), self.value(hidden).squeeze(-1)
+
+
+class _Flatten(nn.Module):
+    """[B, channels, rows, columns] to [B, rows * columns * channels]: the order in memory, so nothing is copied."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1).flatten(1)

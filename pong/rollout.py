@@ -1,6 +1,6 @@
 """Collecting experience: the agent chooses for half of the environments while the other half emulate."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -84,13 +84,17 @@ class FrameHistory:
         places = self._places(steps, envs)
         return self.frames.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, places.shape)
 
-    def observations(self) -> Tensor:
-        """What the agent saw before every step of the rollout: u8 [N * T, stack, rows, columns], environment by
-        environment, in the channels-last layout that convolutions like: transposed once instead of every epoch."""
+    def observations(self, prepare: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the agent saw before every step of the rollout, [N * T, stack, rows, columns], environment by
+        environment, in the channels-last layout that convolutions like: transposed once instead of every epoch.
+
+        Args:
+            prepare: what is done to each frame, once, before the stacks are built: `ActorCritic.prepare`.
+        """
         steps, envs = self.age.shape[0] - 1, self.age.shape[1]
         of_each = torch.arange(steps, device=self.age.device).repeat(envs)
         places = self._places(of_each, torch.arange(envs, device=self.age.device).repeat_interleave(steps))
-        frames = self.frames.flatten(0, 1)
+        frames = prepare(self.frames.flatten(0, 1))
         built = frames.new_empty(len(places), *frames.shape[1:], self.stack)
         for channel in range(self.stack):
             built[..., channel] = frames.index_select(0, places[:, channel])

@@ -69,7 +69,7 @@ class NewestPixel(nn.Module):
 
     def __init__(self, value_of: Tensor, *, actions: int = 2, shape: tuple[int, int] = (2, 3)) -> None:
         super().__init__()
-        self.register_buffer("background", torch.zeros(1, 1, *shape))
+        self.register_buffer("background", torch.zeros(shape))
         self.register_buffer("value_of", value_of)  # f32 [256]
         self.actions = actions
 

@@ -58,13 +58,25 @@ def test_too_small_a_frame_is_refused() -> None:
 def test_the_background_is_subtracted() -> None:
     network = ActorCritic(NetworkConfig(), stack=2, frame_shape=(84, 84), actions=3)
     frames = torch.randint(0, 256, (1, 2, 84, 84), dtype=torch.uint8)
-    network.background.copy_(frames[:, :1].float())
+    network.background.copy_(frames[0, 0].float())
     same = frames[:, :1].expand(1, 2, 84, 84)
     blank = torch.zeros_like(frames)
     shown = network(same)[0]
     network.background.zero_()
     torch.testing.assert_close(shown, network(blank)[0], rtol=0, atol=0)
     assert not torch.equal(network(frames)[0], shown)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_frames_prepared_beforehand_are_the_same_to_the_network(precision: torch.dtype) -> None:
+    network = ActorCritic(NetworkConfig(), stack=4, frame_shape=(84, 84), actions=6, precision=precision)
+    stacks = torch.randint(0, 256, (8, 4, 84, 84), dtype=torch.uint8)
+    network.background.copy_(stacks[0, 0].float())
+    prepared = network.prepare(stacks)
+    assert prepared.dtype == precision
+    torch.testing.assert_close(prepared.float(), (stacks.float() - stacks[0, 0].float()) / 255, rtol=2**-8, atol=0)
+    for one, two in zip(network(stacks), network(prepared), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 def test_the_first_policy_is_nearly_uniform() -> None:

@@ -150,7 +150,7 @@ def test_what_the_collector_reported_is_what_the_learner_recomputes(precision: t
     collector.reset()
     rollout = collector.collect(torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits, values = net(rollout.history.observations())
+        logits, values = net(rollout.history.observations(net.prepare))
     log_probs = logits.log_softmax(-1).gather(-1, rollout.actions.reshape(-1, 1)).view(4, 9)
     torch.testing.assert_close(log_probs, rollout.log_probs, rtol=0, atol=tolerance)
     torch.testing.assert_close(values.view(4, 9), rollout.values, rtol=0, atol=tolerance)
@@ -159,7 +159,7 @@ def test_what_the_collector_reported_is_what_the_learner_recomputes(precision: t
 def test_bfloat16_tells_close_values_and_logits_apart() -> None:
     """Near 1 it has steps of 1/128: a difference of two values would be mostly rounding."""
     net = network()
-    observations = rollout_of(REWARDS).history.observations()
+    observations = rollout_of(REWARDS).history.observations(net.prepare)
     with torch.no_grad():
         for head in (net.value, net.policy):
             nn.init.normal_(head.weight, std=1e-4)
@@ -207,7 +207,7 @@ def test_one_step_follows_the_loss_written_out(loss: str, max_grad_norm: float) 
     rollout = rollout._replace(log_probs=rollout.log_probs + torch.linspace(-0.6, 0.6, 12).view(2, 6))
     targets = estimate(rollout, algorithm, reward_ends_credit=False)
 
-    logits, values = net(rollout.history.observations())
+    logits, values = net(rollout.history.observations(net.prepare))
     log_p = logits.log_softmax(-1)
     log_ratio = log_p.gather(-1, rollout.actions.reshape(-1, 1)).squeeze(-1) - rollout.log_probs.flatten()
     ratio, advantages = log_ratio.exp(), targets.advantages.flatten()

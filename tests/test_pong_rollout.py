@@ -43,8 +43,8 @@ def test_all_observations_at_once_are_the_same_stacks() -> None:
     collect.collect(torch.Generator())
     history = collect.collect(torch.Generator()).history
     steps, envs = torch.arange(6).repeat(3), torch.arange(3).repeat_interleave(6)
-    observations = history.observations()
-    assert torch.equal(observations, history.stacks(steps, envs))
+    observations = history.observations(lambda frames: -frames.float())
+    assert torch.equal(observations, -history.stacks(steps, envs).float())
     assert observations.is_contiguous(memory_format=torch.channels_last)
 
 
