@@ -9,7 +9,7 @@ Common to all, with time the last axis:
   (both flags: terminated); the value of the row's next action otherwise. After the row's last action there is nothing:
   to continue a rollout window beyond its edge, flag its last step truncated and give V(next state) in
   `bootstrap_values`. In either case nothing is carried back across the end of the episode.
-- Nothing here is differentiated: results are detached.
+- Nothing here is differentiated: results are detached, in the rewards' type, at least float32.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf.checks import InputError, check_float, check_mask, check_range, check_same_shape, check_time_axis
-from rlhf.masking import fill_masked, masked_whiten
+from rlhf.masking import fill_masked, in_one_type, masked_whiten
 from rlhf.scan import reverse_linear_scan_
 
 
@@ -39,9 +39,7 @@ class VTraceEstimate(NamedTuple):
 class _Steps(NamedTuple):
     """The decision process under a mask."""
 
-    rewards: (
-        Tensor  # [..., T] plus gamma * V of the next state where the episode was cut off; 0 in masked slots; a copy
-    )
+    rewards: Tensor  # [..., T] plus gamma * V of the next state where the episode was cut off; 0 in gaps; a copy
     ended: Tensor | None  # [..., T] bool: the last action of an episode; None if no flags were given
     action_mask: Tensor  # [..., T] bool
 
@@ -281,7 +279,8 @@ def vtrace(
     _add_next_(delta, _through_gaps_(following, action_mask), steps, gamma)
     delta.masked_fill_(~action_mask, 0.0)
     del following
-    ratio = fill_masked((log_probs - behavior_log_probs).detach(), action_mask).exp_().to(rewards.dtype)
+    log_probs, behavior_log_probs = in_one_type(log_probs, behavior_log_probs)
+    ratio = fill_masked((log_probs - behavior_log_probs).detach(), action_mask).exp_().to(delta.dtype)
     weight = ratio.clamp(max=c_clip).mul_(gamma * vtrace_lambda).masked_fill_(~_continues(steps), 0.0)
     weight.masked_fill_(~action_mask, 1.0)  # gaps pass on what they are given
     correction = reverse_linear_scan_(ratio.clamp(max=rho_clip).mul_(delta), weight)  # v_t - V(s_t); gaps: the next one
@@ -343,7 +342,8 @@ def _steps(
     if truncated is not None and bootstrap_values is None:
         raise InputError("truncated needs bootstrap_values: V of the state after each step, read where truncated")
 
-    rewards = fill_masked(rewards.detach(), action_mask)
+    (rewards,) = in_one_type(rewards.detach())
+    rewards = fill_masked(rewards, action_mask)
     ended = None if terminated is None else action_mask & terminated
     if truncated is not None and bootstrap_values is not None:
         cut_off = action_mask & truncated if ended is None else action_mask & truncated & ~ended

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf.checks import InputError, check_float, check_range, check_same_shape
+from rlhf.masking import in_one_type
 
 
 class _Groups(NamedTuple):
@@ -206,6 +207,7 @@ def decoupled_group_advantages(
     check_float(components=components)
     if components.ndim != 2:
         raise InputError(f"components must be [B, K], one column per component, got {list(components.shape)}")
+    (components,) = in_one_type(components)
     weights = torch.as_tensor(weights, dtype=components.dtype, device=components.device)
     check_same_shape(one_row_of_components=components.new_empty(components.shape[1:]), weights=weights)
     check_same_shape(one_component=components.new_empty(components.shape[:1]), group_ids=group_ids)
@@ -251,7 +253,7 @@ def _grouped(scores: Tensor, group_ids: Tensor) -> _Groups:
     if scores.ndim != 1:
         raise InputError(f"scores must be [B], one per sequence, got {list(scores.shape)}")
     _check_integers(group_ids=group_ids)
-    scores = scores.detach()
+    (scores,) = in_one_type(scores.detach())
     _, members = torch.unique(group_ids, return_inverse=True)
     empty = scores.new_zeros(scores.shape[0])  # at most B groups
     lowest = empty.scatter_reduce(0, members, scores, "amin", include_self=False)[members]

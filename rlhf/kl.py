@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rlhf.categorical import expected_log, masked_log_softmax
 from rlhf.checks import check_choice, check_float, check_mask, check_range, check_same_shape
-from rlhf.masking import fill_masked
+from rlhf.masking import fill_masked, in_one_type
 
 KLEstimator = Literal["k1", "k2", "k3", "abs"]
 
@@ -60,6 +60,7 @@ def kl_estimate(
     check_same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs, action_mask=action_mask)
     check_float(log_probs=log_probs, ref_log_probs=ref_log_probs)
     check_choice("estimator", estimator, get_args(KLEstimator))
+    log_probs, ref_log_probs = in_one_type(log_probs, ref_log_probs)
     difference = fill_masked(log_probs - ref_log_probs.detach(), action_mask)
     estimate = _estimate(difference, estimator, clamp_input, clamp_output)
     if not straight_through:
@@ -106,6 +107,7 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, action_mask: Tensor) -> Tensor:
     check_float(logits=logits, ref_logits=ref_logits)
     check_same_shape(logits_without_last_axis=logits[..., 0], action_mask=action_mask)
     check_mask(action_mask=action_mask)
+    logits, ref_logits = in_one_type(logits, ref_logits)
     log_p = masked_log_softmax(logits, action_mask)
     log_ratio = log_p - masked_log_softmax(ref_logits.detach(), action_mask)
     # 0 log 0 = 0, in the gradient too. Behind autograd's back: p, which is 0 there, is a factor of every derivative.

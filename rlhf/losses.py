@@ -4,6 +4,8 @@ All take `action_mask` and give exactly 0, with exactly 0 gradient, where it is 
 applied only after the loss would come too late, since 0 * NaN and 0 * inf are NaN in the backward pass. Where every
 slot is an action (a game), pass `torch.ones_like(x, dtype=torch.bool)`.
 
+Floats may be of any type; each loss is computed and returned in the one that holds all of its inputs, at least float32.
+
 More ways to weigh or clip the ratio are in `rlhf.policy_losses`, losses of pairs in `rlhf.preference_losses`.
 """
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from rlhf.categorical import expected_log, masked_log_softmax
 from rlhf.checks import InputError, check_float, check_mask, check_range, check_same_shape
-from rlhf.masking import fill_masked
+from rlhf.masking import fill_masked, in_one_type
 
 
 class SurrogateTerms(NamedTuple):
@@ -60,6 +62,7 @@ def reinforce_loss(
     """
     check_same_shape(log_probs=log_probs, returns=returns, baseline=baseline, action_mask=action_mask)
     check_float(log_probs=log_probs, returns=returns, baseline=baseline)
+    log_probs, returns = in_one_type(log_probs, returns)
     advantages = returns.detach() if baseline is None else returns.detach() - baseline.detach()
     return fill_masked(advantages, action_mask).neg_() * fill_masked(log_probs, action_mask)
 
@@ -100,8 +103,8 @@ def importance_weighted_loss(
         InputError: shapes differ or the mask is not bool.
     Source: Degris et al. 2012, arXiv:1205.4839; Schulman et al. 2015, arXiv:1502.05477 (TRPO).
     """
-    log_ratio = _log_ratio(log_probs, behavior_log_probs, advantages, action_mask)
-    ratio, weights = log_ratio.detach().exp(), fill_masked(advantages.detach(), action_mask).neg_()
+    log_ratio, advantages = _log_ratio(log_probs, behavior_log_probs, advantages, action_mask)
+    ratio, weights = log_ratio.detach().exp(), fill_masked(advantages, action_mask).neg_()
     return SurrogateTerms(_weighted_(log_ratio, weights), ratio, torch.zeros_like(action_mask))
 
 
@@ -137,8 +140,8 @@ def clipped_surrogate_loss(
     check_range("clip_high", clip_high, low=0, low_open=True)
     if dual_clip is not None:
         check_range("dual_clip", dual_clip, low=1, low_open=True)
-    log_ratio = _log_ratio(log_probs, old_log_probs, advantages, action_mask)
-    ratio, advantages = log_ratio.detach().exp(), advantages.detach()
+    log_ratio, advantages = _log_ratio(log_probs, old_log_probs, advantages, action_mask)
+    ratio = log_ratio.detach().exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     is_dual = None if dual_clip is None else (advantages < 0) & (ratio > dual_clip)
     if dual_clip is not None and is_dual is not None:
@@ -185,8 +188,8 @@ def kl_penalized_surrogate_loss(
     check_range("kl_coef", kl_coef, low=0)
     check_same_shape(log_probs=log_probs, kl=kl)
     check_float(kl=kl)
-    log_ratio = _log_ratio(log_probs, old_log_probs, advantages, action_mask)
-    ratio, weights = log_ratio.detach().exp(), fill_masked(advantages.detach(), action_mask).neg_()
+    log_ratio, advantages = _log_ratio(log_probs, old_log_probs, advantages, action_mask)
+    ratio, weights = log_ratio.detach().exp(), fill_masked(advantages, action_mask).neg_()
     if kl is not None:
         loss = _weighted_(log_ratio, weights).add_(fill_masked(kl, action_mask), alpha=kl_coef)
     else:
@@ -220,15 +223,15 @@ def value_loss(
     """
     check_same_shape(values=values, returns=returns, old_values=old_values, action_mask=action_mask)
     check_float(values=values, returns=returns, old_values=old_values)
-    returns = returns.detach()
+    old = (values if old_values is None else old_values).detach()
+    values, returns, old = in_one_type(values, returns.detach(), old)
     error = fill_masked(values - returns, action_mask)
     if value_clip is None:
         return ValueTerms((error * error).mul_(0.5), torch.zeros_like(action_mask))
     check_range("value_clip", value_clip, low=0, low_open=True)
     if old_values is None:
         raise InputError("value_clip needs old_values: the critic's values before this update")
-    old_values = old_values.detach()
-    near = values.detach().clamp(old_values - value_clip, old_values + value_clip)
+    near = values.detach().clamp(old - value_clip, old + value_clip)
     clipped_error = near.sub_(returns)
     # A larger error than the prediction's own is one that the clip made: it has no gradient.
     is_clipped = (clipped_error.abs() > error.detach().abs()) & action_mask
@@ -251,16 +254,20 @@ def categorical_entropy(logits: Tensor, action_mask: Tensor) -> Tensor:
     check_float(logits=logits)
     check_mask(action_mask=action_mask)
     check_same_shape(logits_without_last_axis=logits[..., 0], action_mask=action_mask)
+    (logits,) = in_one_type(logits)
     log_p = masked_log_softmax(logits, action_mask)
     finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # 0 log 0 = 0, in the gradient too
     return fill_masked(-expected_log(log_p, finite), action_mask)
 
 
-def _log_ratio(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor) -> Tensor:
-    """Arguments checked; log(pi / pi_old) with its gradient, 0 in masked slots."""
+def _log_ratio(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Arguments checked; log(pi / pi_old) with its gradient, 0 in masked slots; and the advantages, detached."""
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, action_mask=action_mask)
     check_float(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
-    return fill_masked(log_probs - old_log_probs.detach(), action_mask)
+    log_probs, old_log_probs, advantages = in_one_type(log_probs, old_log_probs, advantages)
+    return fill_masked(log_probs - old_log_probs.detach(), action_mask), advantages.detach()
 
 
 def _weighted_(log_ratio: Tensor, weights: Tensor, is_constant: Tensor | None = None) -> Tensor:

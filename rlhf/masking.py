@@ -1,9 +1,24 @@
-"""Masked sums, means and whitening: what a masked slot holds, NaN included, reaches neither result nor gradient."""
+"""Masked sums, means and whitening: what a masked slot holds, NaN included, reaches neither result nor gradient.
+
+Results of arithmetic are at least float32, whatever the inputs are.
+"""
+
+import functools
 
 import torch
 from torch import Tensor
 
 from rlhf.checks import InputError, check_float, check_mask, check_range, check_same_shape
+
+
+def in_one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the floating type that holds all of theirs, at least float32.
+
+    What computes with several begins here. Sums and counts in half precision stop growing (at 256 in bfloat16), and a
+    number rounded to one type differs from itself in another, so that nothing could be compared with its bound.
+    """
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
+    return tuple(x.to(dtype) for x in tensors)
 
 
 def fill_masked(x: Tensor, mask: Tensor, value: float = 0.0) -> Tensor:
@@ -25,6 +40,7 @@ def fill_masked(x: Tensor, mask: Tensor, value: float = 0.0) -> Tensor:
 def masked_sum(x: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Sum of x over the True slots: [] or, with `dim`, x's shape without that axis. An empty mask gives 0."""
     check_float(x=x)
+    (x,) = in_one_type(x)
     filled = fill_masked(x, mask)
     return filled.sum() if dim is None else filled.sum(dim)
 
@@ -42,12 +58,13 @@ def masked_mean(
     total = masked_sum(x, mask, dim)
     if denominator is None:
         denominator = mask.sum() if dim is None else mask.sum(dim)
-    return total / torch.as_tensor(denominator, device=x.device, dtype=x.dtype).clamp(min=1)
+    return total / torch.as_tensor(denominator, device=x.device, dtype=total.dtype).clamp(min=1)
 
 
 def masked_var(x: Tensor, mask: Tensor, *, ddof: int = 1) -> Tensor:
     """Variance over all True slots, dividing by count - ddof; [] in x's units squared. 0 if count <= ddof."""
     check_range("ddof", ddof, low=0)
+    (x,) = in_one_type(x)
     x = fill_masked(x, mask)  # first of all: the gradient of NaN squared is NaN, whatever is selected later
     deviation = x - masked_mean(x, mask)
     count = mask.sum()
@@ -94,6 +111,7 @@ def masked_whiten(
     check_range("ddof", ddof, low=0)
     check_mask(mask=mask)
     check_same_shape(x=x, mask=mask)
+    (x,) = in_one_type(x)
     # Measured from one of its own numbers, equal numbers are exactly 0; less their rounded mean they would not be.
     first = mask.flatten().byte().argmax(0, keepdim=True) if mask.numel() else mask.flatten().long()
     origin = torch.where(mask.flatten()[first], x.detach().flatten()[first], 0.0).sum()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlhf.checks import check_choice, check_float, check_range, check_same_shape, check_time_axis
 from rlhf.losses import SurrogateTerms, clipped_surrogate_loss, reinforce_loss
-from rlhf.masking import fill_masked, masked_mean, masked_sum
+from rlhf.masking import fill_masked, in_one_type, masked_mean, masked_sum
 
 WeightLevel = Literal["token", "sequence", "sequence_mean"]
 WeightMode = Literal["truncate", "mask"]
@@ -49,8 +49,9 @@ def gspo_loss(
     Source: Zheng et al. 2025, arXiv:2507.18071, eqs. 5, 7, 13, 14 (bounds: section 5.1).
     """
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, action_mask=action_mask)
-    check_float(log_probs=log_probs, old_log_probs=old_log_probs)
+    check_float(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
     check_time_axis(log_probs=log_probs)
+    log_probs, old_log_probs, advantages = in_one_type(log_probs, old_log_probs, advantages)
     of_sequence = masked_mean((log_probs - old_log_probs).detach(), action_mask, dim=-1).unsqueeze(-1)
     # Values of the sequence's log ratio, gradient of each token's: the difference is exactly 0.
     token_form = (log_probs - log_probs.detach()).add_(of_sequence)
@@ -91,6 +92,7 @@ def cispo_loss(
         check_range("clip_low", clip_low, low=0, high=1, low_open=True, high_open=True)
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, action_mask=action_mask)
     check_float(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
+    log_probs, old_log_probs, advantages = in_one_type(log_probs, old_log_probs, advantages)
     ratio = fill_masked((log_probs - old_log_probs).detach(), action_mask).exp_()
     weight = ratio.clamp(0.0 if clip_low is None else 1 - clip_low, 1 + clip_high)
     is_clipped = weight != ratio
@@ -128,6 +130,7 @@ def sapo_loss(
     check_range("temperature_negative", temperature_negative, low=0, low_open=True, high_open=True)
     check_same_shape(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, action_mask=action_mask)
     check_float(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages)
+    log_probs, old_log_probs, advantages = in_one_type(log_probs, old_log_probs, advantages)
     log_ratio = fill_masked(log_probs - old_log_probs.detach(), action_mask)
     advantages = fill_masked(advantages.detach(), action_mask)
     temperature = torch.full_like(advantages, temperature_negative).masked_fill_(advantages > 0, temperature_positive)
@@ -180,6 +183,7 @@ def sampler_importance_weights(
         check_range("low", low, low=0, high=1)
     check_same_shape(old_log_probs=old_log_probs, sampler_log_probs=sampler_log_probs, action_mask=action_mask)
     check_float(old_log_probs=old_log_probs, sampler_log_probs=sampler_log_probs)
+    old_log_probs, sampler_log_probs = in_one_type(old_log_probs, sampler_log_probs)
     log_ratio = fill_masked((old_log_probs - sampler_log_probs).detach(), action_mask)
     if level != "token":
         check_time_axis(old_log_probs=old_log_probs)
@@ -212,6 +216,6 @@ def token_covariance(log_probs: Tensor, advantages: Tensor, action_mask: Tensor)
     """
     check_same_shape(log_probs=log_probs, advantages=advantages, action_mask=action_mask)
     check_float(log_probs=log_probs, advantages=advantages)
-    log_probs, advantages = log_probs.detach(), advantages.detach()
+    log_probs, advantages = in_one_type(log_probs.detach(), advantages.detach())
     centered = (log_probs - masked_mean(log_probs, action_mask)) * (advantages - masked_mean(advantages, action_mask))
     return fill_masked(centered, action_mask)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf.checks import check_float, check_range, check_same_shape
-from rlhf.masking import fill_masked
+from rlhf.masking import fill_masked, in_one_type
 
 
 class PreferenceTerms(NamedTuple):
@@ -49,6 +49,7 @@ def bradley_terry_loss(
     check_range("center_coef", center_coef, low=0, high_open=True)
     check_same_shape(chosen_scores=chosen_scores, rejected_scores=rejected_scores, margin=margin, pair_mask=pair_mask)
     check_float(chosen_scores=chosen_scores, rejected_scores=rejected_scores, margin=margin)
+    chosen_scores, rejected_scores = in_one_type(chosen_scores, rejected_scores)
     mask = _everywhere(chosen_scores) if pair_mask is None else pair_mask
     chosen, rejected = fill_masked(chosen_scores, mask), fill_masked(rejected_scores, mask)
     lead = chosen - rejected if margin is None else chosen - rejected - fill_masked(margin.detach(), mask)
@@ -126,6 +127,7 @@ def _log_ratios(
     log_probs |= {"ref_chosen_log_probs": ref_chosen, "ref_rejected_log_probs": ref_rejected}
     check_same_shape(**log_probs, pair_mask=pair_mask)
     check_float(**log_probs)
+    chosen, rejected, ref_chosen, ref_rejected = in_one_type(chosen, rejected, ref_chosen, ref_rejected)
     mask = _everywhere(chosen) if pair_mask is None else pair_mask
     return fill_masked(chosen - ref_chosen.detach(), mask), fill_masked(rejected - ref_rejected.detach(), mask), mask
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.checks import InputError, check_float, check_mask, check_range, check_same_shape, check_time_axis
+from rlhf.masking import in_one_type
 
 
 def combine_rewards(components: Tensor, weights: Tensor | Sequence[float]) -> Tensor:
@@ -27,7 +28,7 @@ def combine_rewards(components: Tensor, weights: Tensor | Sequence[float]) -> Te
     check_float(components=components)
     if components.ndim != 2:
         raise InputError(f"components must be [B, K], one column per component, got {list(components.shape)}")
-    components = components.detach()
+    (components,) = in_one_type(components.detach())
     weights = torch.as_tensor(weights, dtype=components.dtype, device=components.device)
     check_same_shape(one_row_of_components=components.new_empty(components.shape[1:]), weights=weights)
     applies = ~components.isnan()
@@ -112,7 +113,7 @@ def shape_scores(
     check_mask(is_finished=is_finished)
     check_same_shape(scores=scores, is_finished=is_finished)
     check_range("missing_eos_penalty", missing_eos_penalty, low=0, high_open=True)
-    scores = scores.detach()
+    (scores,) = in_one_type(scores.detach())
     if moments is not None:
         scores = (scores - moments.mean) / moments.std
     if clip is not None:
