@@ -39,7 +39,7 @@ class Args:
 
 
 def train(preset: PresetName, seed: int, args: Args) -> list[dict[str, Any]]:
-    """Metrics of the run, made now unless it is there already."""
+    """Metrics of the run, made now, or to its end, unless it is there already."""
     run_dir = args.out / f"{preset}-{seed}"
     if not (run_dir / "final").exists():
         tokenizer, task, taught = build_tokenizer(), arithmetic(), args.out / f"taught-{seed}"
@@ -49,7 +49,7 @@ def train(preset: PresetName, seed: int, args: Args) -> list[dict[str, Any]]:
         config = replace(
             config,
             optimization=replace(config.optimization, steps=args.steps),
-            run=replace(config.run, run_dir=run_dir, seed=seed, checkpoint_every=0),
+            run=replace(config.run, run_dir=run_dir, seed=seed, resume=(run_dir / "config.json").exists()),
         )
         Trainer(config, tokenizer=tokenizer, task=task, make_actor=lambda: load_actor(str(taught))).train()
     return read_json_lines(run_dir / "metrics.jsonl")

@@ -41,10 +41,11 @@ class Args:
 
 
 def train(recipe: str, flags: list[str], seed: int, run_dir: Path) -> list[dict[str, Any]]:
-    """Metrics of the run, made now unless it is there already."""
+    """Metrics of the run, made now, or to its end, unless it is there already."""
     if not (run_dir / "final").exists():
         launch = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPES / f"{recipe}.py")]
         run = ["--seed", str(seed), "--run-dir", str(run_dir), *flags]
+        run += ["--resume"] if (run_dir / "config.json").exists() else []
         environment = os.environ | {"TERM": "dumb"}
         subprocess.run(
             [*launch, *run], check=True, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

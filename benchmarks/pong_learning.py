@@ -58,9 +58,10 @@ class Args:
 
 
 def train(words: list[str], seed: int, run_dir: Path, args: Args) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Metrics and evaluation of the run, made now unless it is there already."""
+    """Metrics and evaluation of the run, made now, or to its end, unless it is there already."""
     if not (run_dir / "evaluation.json").exists():
         options = ["--seed", str(seed), "--run-dir", str(run_dir), *shlex.split(args.flags)]
+        options += ["--resume"] if (run_dir / "config.json").exists() else []
         environment = dict(os.environ)
         if args.threads is not None:
             options += ["--threads", str(args.threads)]

@@ -22,7 +22,7 @@ from pong.rollout import Collector
 from pong.trainer import build_network, cores
 
 SMALL = NetworkConfig(channels=(8, 16), kernels=((8, 6), (4, 3)), strides=((4, 4), (2, 2)), hidden=128)
-NATURE = NetworkConfig(kernels=((8, 8), (4, 4), (3, 2)))
+NATURE = NetworkConfig()
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,12 @@ class Verdict(NamedTuple):
 
 
 def launch(recipe: str, folder: Path, run: str, *flags: str) -> None:
-    """The recipe in `folder`, unless it ran there already."""
+    """The recipe in `folder`, to its end, unless it ran there already."""
     if (folder / "runs" / run / "final").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "runs" / run / "config.json").exists():
+        flags += ("--resume",)
     command = [sys.executable, "-m", "accelerate.commands.launch", str((RECIPES / f"{recipe}.py").resolve())]
     environment = os.environ | {"TERM": "dumb"}
     subprocess.run(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pong.config import NetworkConfig
-from rlhf.checks import InputError
+from rlhf.checks import InputError, brief
 
 
 class ActorCritic(nn.Module):
@@ -61,6 +61,20 @@ class ActorCritic(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.register_buffer("background", torch.zeros(frame_shape))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take these weights, as `state_dict` gave them.
+
+        Raises:
+            InputError: they are of another network.
+        """
+        try:
+            self.load_state_dict(weights)
+        except RuntimeError as error:
+            raise InputError(
+                f"these weights are of another network than the run's config describes ({brief(error)}): another "
+                "version of this program wrote them; train anew with this one, or go back to that"
+            ) from error
 
     def prepare(self, frames: Tensor) -> Tensor:
         """Frames as the trunk reads them: without the background, in its unit and precision.

@@ -118,7 +118,7 @@ def load_policy(run_dir: Path) -> tuple[PongConfig, ActorCritic]:
     state = load_state(path)
     network = build_network(config, actions=len(state["network"]["policy.bias"]))
     network.precision = getattr(torch, state["precision"])
-    network.load_state_dict(state["network"])
+    network.load(state["network"])
     return config, network
 
 
@@ -196,5 +196,5 @@ def show(shots: Iterator[Shot], *, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    with reporting_errors():
+    with reporting_errors(hint=""):
         play(tyro.cli(PlayConfig, description=__doc__))

@@ -8,7 +8,7 @@ Every option and its default: python -m pong.train_pg --help.
 """
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -18,26 +18,39 @@ from pong.trainer import PongTrainer
 from rlhf.run import reporting_errors
 
 
-def defaults() -> PongConfig:
-    """The fast Pong preset with REINFORCE in PPO's place, and rollouts so long that most returns are known.
+@dataclass(frozen=True)
+class _Choice:
+    """What decides the other options' defaults."""
+
+    game: str = "pong"
+    """Any ALE game, in snake case."""
+
+
+def defaults(game: str = "pong") -> PongConfig:
+    """The game's fast preset with REINFORCE in PPO's place, and rollouts so long that most returns are known.
 
     Nothing holds its steps back, so they are few and large, each from thousands of actions, and the entropy counts for
     more: from small minibatches the policy soon takes one action for ever.
     """
-    fast = preset("fast")
+    fast = preset("fast", game)
     algorithm = replace(
         fast.algorithm, advantage="mc", loss="reinforce", baseline=False, entropy_coef=0.05, final_entropy_coef=0.01
     )
     optimization = replace(
         fast.optimization, rollout_steps=256, minibatch_size=2048, total_steps=800_000, learning_rate=2e-3
     )
-    run = replace(fast.run, run_dir=Path("runs/pong_pg"))
+    run = replace(fast.run, run_dir=Path(f"runs/{game}_pg"))
     return replace(fast, algorithm=algorithm, optimization=optimization, run=run)
+
+
+def parse(args: list[str], description: str | None) -> PongConfig:
+    """The config that a command line asks for: a game's defaults, and single options over them."""
+    choice, rest = tyro.cli(_Choice, args=args, return_unknown_args=True, add_help=False)
+    return tyro.cli(
+        tyro.conf.OmitArgPrefixes[PongConfig], args=rest, default=defaults(choice.game), description=description
+    )
 
 
 if __name__ == "__main__":
     with reporting_errors():
-        config = tyro.cli(
-            tyro.conf.OmitArgPrefixes[PongConfig], args=sys.argv[1:], default=defaults(), description=__doc__
-        )
-        PongTrainer(config).train()
+        PongTrainer(parse(sys.argv[1:], __doc__)).train()

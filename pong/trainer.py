@@ -247,7 +247,7 @@ class PongTrainer:
         )
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.network.load_state_dict(state["network"])
+        self.network.load(state["network"])
         self.learner.restore(state["learner"])
         self.rollouts, self.episodes = state["rollouts"], state["episodes"]
         self._started -= state["elapsed"]
@@ -274,8 +274,10 @@ def choose_device(name: str) -> torch.device:
     """auto: cuda if there is one.
 
     Raises:
-        InputError: torch does not know the device or cannot use it here.
+        InputError: torch does not know the device, cannot use it here, or computes nothing on it.
     """
+    if name == "meta":
+        raise InputError("device='meta' holds no numbers: try auto or cpu")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -292,7 +294,7 @@ def choose_precision(name: Precision, device: torch.device) -> str:
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch that we allow
     return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"
 

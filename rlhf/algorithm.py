@@ -62,9 +62,9 @@ class AlgorithmConfig:
     sampler_weight_mode: WeightMode = "truncate"
     """truncate: weights are held within their bounds; mask: those outside are 0."""
     sampler_weight_high: float = 2.0
-    """Upper bound of those weights; > 0."""
+    """Upper bound of those weights; >= 1, inf for none."""
     sampler_weight_low: float | None = None
-    """Their lower bound; None: 0."""
+    """Their lower bound, between 0 and 1; None: 0."""
     value_clip: float | None = 0.2
     """Half-width of the interval around the old values, reward units; None does not clip."""
     value_coef: float = 0.5
@@ -120,12 +120,13 @@ class AlgorithmConfig:
             check_range("dual_clip", self.dual_clip, low=1, low_open=True)
             if self.policy_loss not in ("clip", "gspo"):
                 raise InputError(f"dual_clip belongs to policy_loss='clip' or 'gspo', got {self.policy_loss!r}")
-        for name in ("clip_high", "gate_temperature_positive", "gate_temperature_negative", "sampler_weight_high",
-                     "value_clip", "kl_target", "kl_horizon", "score_clip"):  # fmt: skip
+        for name in ("clip_high", "gate_temperature_positive", "gate_temperature_negative", "value_clip",
+                     "kl_target", "kl_horizon", "score_clip"):  # fmt: skip
             if getattr(self, name) is not None:
                 check_range(name, getattr(self, name), low=0, low_open=True, high_open=True)
+        check_range("sampler_weight_high", self.sampler_weight_high, low=1)
         if self.sampler_weight_low is not None:
-            check_range("sampler_weight_low", self.sampler_weight_low, low=0, high=self.sampler_weight_high)
+            check_range("sampler_weight_low", self.sampler_weight_low, low=0, high=1)
         for name in ("value_coef", "entropy_coef", "kl_reward_coef", "kl_loss_coef", "overlong_scale",
                      "missing_eos_penalty"):  # fmt: skip
             check_range(name, getattr(self, name), low=0, high_open=True)

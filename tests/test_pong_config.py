@@ -55,6 +55,14 @@ def test_too_small_a_frame_is_refused() -> None:
         ActorCritic(NetworkConfig(), stack=4, frame_shape=(20, 40), actions=3)
 
 
+def test_weights_of_another_network_are_refused() -> None:
+    network = ActorCritic(NetworkConfig(), stack=2, frame_shape=(84, 84), actions=3)
+    weights = network.state_dict()
+    network.load(weights)
+    with pytest.raises(InputError, match="another network"):
+        network.load(weights | {"background": torch.zeros(1, 2, 84, 84)})
+
+
 def test_the_background_is_subtracted() -> None:
     network = ActorCritic(NetworkConfig(), stack=2, frame_shape=(84, 84), actions=3)
     frames = torch.randint(0, 256, (1, 2, 84, 84), dtype=torch.uint8)

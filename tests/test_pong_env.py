@@ -150,6 +150,22 @@ def test_restored_environments_go_on_exactly(game: GameConfig, tmp_path, monkeyp
         np.testing.assert_array_equal(a, b)
 
 
+def test_restored_environments_may_have_been_seeded_at_different_times(monkeypatch) -> None:
+    """Those whose turn comes late play on until then, perhaps beyond a new seed that is none of the saved ones."""
+    monkeypatch.setattr(env_module, "RESEED_AFTER", 30)
+    game = replace(FAST, max_frames_per_episode=4 * 23)
+    one, other = make(game, count=3), make(game, count=3)
+    one.reset()
+    one._episode_steps[0] = 10  # its episodes end 10 steps before the others'
+    play(one, 40)
+    assert [len(log) for log in one.state()["actions"]] == [4, 40, 40]
+    other.reset()
+    play(other, 20)
+    other.restore(one.state())
+    for a, b in zip(play(other, 60, seed=1), play(one, 60, seed=1), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_environments_are_seeded_apart_and_what_is_replayed_stays_short(monkeypatch) -> None:
     monkeypatch.setattr(env_module, "RESEED_AFTER", 30)
     envs = make(replace(FAST, max_frames_per_episode=4 * 23), count=3)

@@ -20,6 +20,7 @@ from pong.learning import Targets, estimate
 from pong.play import Shot, load_policy, show
 from pong.rollout import Rollout
 from pong.train_pg import defaults as pg_defaults
+from pong.train_pg import parse as parse_pg
 from pong.train_ppo import parse
 from pong.trainer import PongTrainer
 from rlhf.checks import InputError
@@ -203,6 +204,19 @@ def test_presets_and_single_options_from_the_command_line() -> None:
     assert (v5.game.game, v5.game.repeat_action_probability, v5.algorithm.gamma) == ("breakout", 0.25, 0.9)
     assert v5.run.run_dir == Path("runs/breakout_ppo")
     assert parse(["--preset=v5"], None).game.frame_shape == (84, 84)
+
+
+def test_the_policy_gradient_plays_other_games_by_their_own_options() -> None:
+    breakout, pong = parse_pg(["--game", "breakout", "--gamma", "0.9"], None), parse_pg([], None)
+    assert pong.game == preset("fast").game
+    assert breakout.game == preset("fast", "breakout").game
+    assert (breakout.algorithm.loss, breakout.algorithm.gamma) == ("reinforce", 0.9)
+    assert breakout.run.run_dir == Path("runs/breakout_pg")
+
+
+def test_a_device_that_computes_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no numbers"):
+        PongTrainer(small(tmp_path / "run", device="meta"))
 
 
 def test_the_cuda_device_is_refused_with_advice_where_there_is_none(tmp_path: Path) -> None:

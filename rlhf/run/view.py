@@ -21,6 +21,7 @@ from rlhf.run.metrics import plain_value
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _TREND_LENGTH = 32
 _PLAIN_INTERVAL = 10.0  # seconds between lines where nothing can be redrawn
+RESUME_HINT = "; once a run has a checkpoint, the same command with --resume goes on from the last one"
 _clock = time.monotonic
 
 
@@ -142,10 +143,11 @@ class LiveView:
 
 
 @contextmanager
-def reporting_errors() -> Iterator[None]:
+def reporting_errors(*, hint: str = RESUME_HINT) -> Iterator[None]:
     """End the program on an InputError (the run folder's errors are some) with one red line and exit code 2.
 
-    Ctrl-C ends it with exit code 130. All other exceptions pass untouched, with their traceback.
+    Ctrl-C ends it with exit code 130 and says how to go on, `hint`. All other exceptions pass untouched, with their
+    traceback.
     """
     try:
         yield
@@ -153,7 +155,7 @@ def reporting_errors() -> Iterator[None]:
         Console(stderr=True).print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; the same command with --resume goes on from the last checkpoint")
+        Console(stderr=True).print(f"stopped{hint}")
         raise SystemExit(130) from None
 
 

@@ -101,21 +101,14 @@ class SlotEngine:
                 at_most=min(self.max_slots, len(requests.limits)),
                 free=free_bytes(device) + self._held_bytes(),
             )
-            while True:
-                workspace = self._take_workspace(slots, requests, shapes, device)
-                if workspace is not None:
-                    run = _Run(self.model, workspace, self._graphs, requests, sampler, self.eos_token_ids)
-                    if run.attempt():
-                        break
-                if slots == 1:
-                    raise InputError(
-                        f"out of memory while generating one sequence of {requests.columns} tokens: shorten the "
-                        "prompts or pass a smaller --max-new-tokens"
-                    )
-                self.release()
-                slots = (workspace.slots if workspace is not None else slots) // 2
+            run = None
+            while run is None:
+                run = self._attempt(slots, requests, sampler, shapes, device)
+                if run is None:
+                    slots = self._fewer(slots, requests.columns)
         self.slots = slots
         completions = self._collect(requests, run, prompt_ids)
+        del run  # it holds the cache
         if not self._keeps(device):
             self.release()
         return completions
@@ -127,6 +120,27 @@ class SlotEngine:
             torch.cuda.empty_cache()
 
     # -- memory -----------------------------------------------------------------------------------------------------
+
+    def _attempt(
+        self, slots: int, requests: Requests, sampler: Sampler, shapes: list[LayerShape], device: torch.device
+    ) -> "_Run | None":
+        """To the end, or None: memory ran out. Then nothing but `self` holds the cache, so that it can be let go."""
+        workspace = self._take_workspace(slots, requests, shapes, device)
+        if workspace is None:
+            return None
+        run = _Run(self.model, workspace, self._graphs, requests, sampler, self.eos_token_ids)
+        return run if run.attempt() else None
+
+    def _fewer(self, slots: int, columns: int) -> int:
+        """Half of the slots that were too many; their cache is let go."""
+        had = slots if self._workspace is None else self._workspace.slots
+        self.release()
+        if had == 1:
+            raise InputError(
+                f"out of memory while generating one sequence of {columns} tokens: shorten the prompts or pass a "
+                "smaller --max-new-tokens"
+            )
+        return had // 2
 
     def _keeps(self, device: torch.device) -> bool:
         if self.keep_cache is not None or device.type != "cuda":
@@ -144,8 +158,7 @@ class SlotEngine:
         columns = requests.columns
         if device.type != "cuda":  # grows as sequences do
             columns = min(columns, max(map(len, requests.prompts)) + 32)
-        kept = self._workspace
-        if kept is None or not kept.fits(slots, columns, results, shapes):
+        if self._workspace is None or not self._workspace.fits(slots, columns, results, shapes):
             self.release()
             try:
                 self._workspace = Workspace(slots, columns, results, shapes, device)
