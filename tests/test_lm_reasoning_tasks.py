@@ -16,6 +16,7 @@ from rlhf.lm.config import SourceConfig
 from rlhf.lm.reasoning_tasks import reasoning_entries
 from rlhf.lm.tasks import load_task
 from rlhf.lm.verifier_pool import VerifierPool
+from rlhf.lm.verifiers import reasoning_gym_full_marks
 
 
 @dataclass
@@ -155,6 +156,17 @@ def test_reasoning_gym_itself_in_a_pool() -> None:
     graded = load_task(source(**options | {"verifier_workers": 0}, partial_credit=True), with_template())
     assert graded.metric == "score"
     assert graded.verifier(["q"] * 5, completions, **columns) == pytest.approx([1.0, 1.0, 1.0, 0.0, 2 / 3])
+
+
+def test_the_scorer_is_configured_as_the_task_is() -> None:
+    """Six decimal places are asked for: an answer that is off in the fourth is right by the default's two alone."""
+    pytest.importorskip("reasoning_gym")
+    options = ("size=10", "min_num_decimal_places=6", "max_num_decimal_places=6")
+    entries, _ = reasoning_entries("decimal_arithmetic", options)
+    columns = {name: [entry[name] for entry in entries] for name in ("answer", "metadata")}
+    for shift, score in ((0.0, 1.0), (4e-4, 0.0)):
+        completions = [f"<answer>{float(entry['answer']) + shift:.6f}</answer>" for entry in entries]
+        assert reasoning_gym_full_marks([""] * len(entries), completions, **columns) == [score] * len(entries)
 
 
 def test_the_same_problems_in_every_process(tmp_path: Path) -> None:

@@ -162,17 +162,17 @@ class HalfForTrying:
 
 def test_reasoning_gym_scores_through_the_tasks_own_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
     factory = types.ModuleType("reasoning_gym.factory")
-    asked: list[str] = []
-    factory.get_score_answer_fn = lambda name: asked.append(name) or HalfForTrying().score_answer  # type: ignore[attr-defined]
+    asked: list[Any] = []
+    factory.create_dataset = lambda name, **options: asked.append((name, options)) or HalfForTrying()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "reasoning_gym", types.ModuleType("reasoning_gym"))
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", factory)
     verifiers._reasoning_gym_scorer.cache_clear()
-    metadata = [{"source_dataset": "gcd", "difficulty": level} for level in (1, 1, 2, 1)]
+    metadata = [{"source_dataset": "gcd", "difficulty": level, "task_options": {"b": 1}} for level in (1, 1, 2, 1)]
     completions = ["It is <answer>3</answer>, no, <answer> 4\n</answer>", " 4 ", "5", "<answer>5</answer>"]
     found = reasoning_gym_answer(["q"] * 4, completions, answer=["4"] * 4, metadata=metadata, level=[0] * 4)
     verifiers._reasoning_gym_scorer.cache_clear()
     assert found == [1.0, 1.0, 0.5, 0.0]
-    assert asked == ["gcd"]
+    assert asked == [("gcd", {"b": 1})]
 
 
 def test_reasoning_gym_itself() -> None:

@@ -20,7 +20,7 @@ Entry = dict[str, Any]  # "question" and "answer" (texts), "metadata"
 
 
 def reasoning_entries(name: str | None, options: Sequence[str] = ()) -> tuple[list[Entry], list[Entry]]:
-    """Entries to train on and held-out ones, which share no question.
+    """Entries to train on and held-out ones, which share no question; their metadata holds the options too.
 
     Where a task has few questions, the held-out ones are a fifth of them; each of them comes once, while among those to
     train on questions repeat as the task draws them.
@@ -35,7 +35,8 @@ def reasoning_entries(name: str | None, options: Sequence[str] = ()) -> tuple[li
     factory = _factory()
     if name is None or name not in factory.DATASETS:
         raise InputError(_unknown(name, factory.DATASETS))
-    settings = {"size": TRAIN, "seed": 0} | _parsed(name, options, factory.DATASETS[name][1])
+    parsed = _parsed(name, options, factory.DATASETS[name][1])
+    settings = {"size": TRAIN, "seed": 0} | parsed
     try:
         train = list(factory.create_dataset(name, **settings))
         held_out = list(
@@ -50,6 +51,8 @@ def reasoning_entries(name: str | None, options: Sequence[str] = ()) -> tuple[li
     held_out = list(once.values())[:count]
     kept_out = {entry["question"] for entry in held_out}
     train = [entry for entry in train if entry["question"] not in kept_out]
+    for entry in (*train, *held_out):
+        entry["metadata"]["task_options"] = parsed  # what is right depends on them in some tasks
     if not train or not held_out:
         raise InputError(
             f"reasoning-gym's task {name!r} has {len(once)} questions with these options, too few to hold any out: "

@@ -1,5 +1,6 @@
 """What a run says of itself: metrics of a round, samples, plots."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,18 +78,28 @@ def verifier_counts(functions: Sequence[RewardFunction], accelerator: Accelerato
     return {f"verifier/{kind}": total for kind, total in zip(FAULTS, totals, strict=True)}
 
 
-def sample_rows(rollout: Rollout, step: int, count: int) -> list[dict[str, Any]]:
-    """The first completions of the round, spread over its prompts, as lines of samples.jsonl."""
-    stride = max(len(rollout.texts) // count, 1) if count else 1
-    picked = rollout.texts[::stride][:count]
-    return [
-        {"step": step, **_readable(row), "completion": completion, "score": score} for row, completion, score in picked
-    ]
+def sample_rows(texts: Sequence[tuple[Row, str, float]], step: int, count: int) -> list[dict[str, Any]]:
+    """The first of a round's (row, completion, score), spread over its prompts, as lines of samples.jsonl."""
+    stride = max(len(texts) // count, 1) if count else 1
+    lines = []
+    for row, completion, score in texts[::stride][:count]:
+        ours = {"step": step, "completion": completion, "score": score}
+        others = {name: value for name, value in _readable(row).items() if name not in ours}
+        lines.append({"step": step, **others, **ours})
+    return lines
 
 
 def _readable(row: Row) -> Row:
-    """Without columns that only a verifier reads."""
-    return {name: value for name, value in row.items() if not isinstance(value, dict)}
+    """Without columns that only a verifier reads; what JSON does not know, such as a date, as text."""
+    return {name: _as_json(value) for name, value in row.items() if not isinstance(value, dict)}
+
+
+def _as_json(value: Any) -> Any:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return value
 
 
 def draw_plots(folder: RunFolder, task: Task) -> None:

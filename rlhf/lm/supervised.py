@@ -23,6 +23,7 @@ from rlhf.lm.data import DataConfig
 from rlhf.lm.hub import check_hub, push
 from rlhf.lm.lora import add_adapter, load_trained_state, merged, save_adapter, train_head, trained_state
 from rlhf.lm.models import placed
+from rlhf.lm.processes import default_accelerator
 from rlhf.lm.update import sum_gradients
 from rlhf.run import (
     LiveView,
@@ -158,12 +159,7 @@ class SupervisedTrainer(Generic[R]):
         run = config.run
         check_tracker(run.log_with)
         check_hub(run.push_to_hub)
-        if accelerator is None:
-            accelerator = Accelerator(
-                cpu=torch.backends.mps.is_available(),
-                log_with=run.log_with,
-                project_dir=run.run_dir if run.log_with else None,
-            )
+        accelerator = default_accelerator(run) if accelerator is None else accelerator
         check_launch(accelerator)
         self.config, self.tokenizer, self.accelerator = config, tokenizer, accelerator
         self.train_rows, self.held_out, self.units, self.objective = (
@@ -348,6 +344,7 @@ class SupervisedTrainer(Generic[R]):
             rows = read_json_lines(self.folder.metrics)
             plot_metrics(rows, self.folder.plots / "metrics.png", self.panels, str(self.config.run.run_dir))
             print(f"model in {self.folder.final}, metrics in {self.folder.metrics}, plots in {self.folder.plots}")
-            push(self.folder.final, self.config.run.push_to_hub)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        if self.accelerator.is_main_process:  # nobody waits for the upload
+            push(self.folder.final, self.config.run.push_to_hub)

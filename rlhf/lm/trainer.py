@@ -26,6 +26,7 @@ from rlhf.lm.lora import load_trained_state, merged, save_adapter, trained_state
 from rlhf.lm.memory_plan import plan_run, show_plan, write_plan
 from rlhf.lm.models import assemble_roles, check_tokenizer, end_token_ids, placed
 from rlhf.lm.optimizer import build_learner, check_optimizer
+from rlhf.lm.processes import default_accelerator
 from rlhf.lm.report import collection_metrics, draw_plots, live_columns, sample_rows, verifier_counts
 from rlhf.lm.rewards import RewardFunction, RewardModel, on_trunk, whole_models
 from rlhf.lm.rollout import PromptSet, Sampler, collect
@@ -83,7 +84,7 @@ class Trainer:
         run = config.run
         check_tracker(run.log_with)
         check_hub(run.push_to_hub)
-        accelerator = default_accelerator(config) if accelerator is None else accelerator
+        accelerator = default_accelerator(config.run) if accelerator is None else accelerator
         self.config, self.tokenizer, self.accelerator, self.task = config, tokenizer, accelerator, task
         self.reward_functions = [task.verifier] if reward_functions is None else list(reward_functions)
         self.reward_weights = reward_weights
@@ -273,7 +274,7 @@ class Trainer:
             "time/update": ended - collected,
             "time/tokens_per_second": rollout.tokens / (ended - started),
         }
-        return metrics, sample_rows(rollout, self.step, config.run.samples_per_log)
+        return metrics, sample_rows(rollout.texts, self.step, config.run.samples_per_log)
 
     def _shaped(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """[B] the scores as the algorithm wants them, and what the greedy completions get, treated alike; the run's
@@ -383,16 +384,8 @@ class Trainer:
                 f"model in {self.folder.final}, metrics in {self.folder.metrics}, samples in {self.folder.samples}, "
                 f"plots in {self.folder.plots}"
             )
-            push(self.folder.final, self.config.run.push_to_hub)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
+        if self.accelerator.is_main_process:  # nobody waits for the upload
+            push(self.folder.final, self.config.run.push_to_hub)
         return summary
-
-
-def default_accelerator(config: TrainerConfig) -> Accelerator:
-    """accelerate's own choice of device; but the CPU on Apple's GPUs, which have no float64 for the sampler."""
-    on_apple = torch.backends.mps.is_available()
-    if on_apple:
-        print("training on the CPU: Apple's GPU has no float64, which sampling needs")
-    log_with = config.run.log_with
-    return Accelerator(cpu=on_apple, log_with=log_with, project_dir=config.run.run_dir if log_with else None)

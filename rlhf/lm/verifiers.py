@@ -5,6 +5,7 @@ or in a `rlhf.lm.verifier_pool.VerifierPool`.
 """
 
 import inspect
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -100,7 +101,8 @@ def reasoning_gym_answer(
 ) -> list[float]:
     """The score in [0, 1] that the task of reasoning-gym gives to its answer.
 
-    Rows are its entries: "answer" and "metadata", whose "source_dataset" names the task. The completion's answer is
+    Rows are its entries: "answer" and "metadata", whose "source_dataset" names the task, and "task_options", if it is
+    there, how the task was configured. The completion's answer is
     what the last <answer>...</answer> holds, or the last \\boxed{...}; without one it is the last number where the
     right answer is one, else the whole completion, stripped.
     """
@@ -109,7 +111,9 @@ def reasoning_gym_answer(
         others = {key: values[number] for key, values in columns.items()}
         entry = {**others, "answer": answer[number], "metadata": metadata[number]}
         text = _reasoning_gym_text(completion, answer[number])
-        scores.append(as_score(_reasoning_gym_scorer(metadata[number]["source_dataset"])(text, entry)))
+        options = json.dumps(metadata[number].get("task_options", {}), sort_keys=True)
+        scorer = _reasoning_gym_scorer(metadata[number]["source_dataset"], options)
+        scores.append(as_score(scorer(text, entry)))
     return scores
 
 
@@ -133,10 +137,12 @@ def reasoning_gym_full_marks(
 
 
 @cache
-def _reasoning_gym_scorer(name: str) -> Callable[[str, dict[str, Any]], float]:
-    from reasoning_gym.factory import get_score_answer_fn  # its tasks load much: only who uses them should wait
+def _reasoning_gym_scorer(name: str, options: str) -> Callable[[str, dict[str, Any]], float]:
+    """options: a JSON object."""
+    from reasoning_gym.factory import create_dataset  # its tasks load much: only who uses them should wait
 
-    return get_score_answer_fn(name)
+    scorer: Callable[[str, dict[str, Any]], float] = create_dataset(name, **json.loads(options)).score_answer
+    return scorer
 
 
 # Parsing is a computer algebra system's work. What would keep it busy is refused before it begins: long numbers,
