@@ -1,4 +1,4 @@
-"""Somebody else's training loop with the core's clipped surrogate: plain torch, no trainer, nothing but four functions.
+"""Somebody else's training loop with the core's clipped surrogate: plain torch, no trainer, six functions.
 
     python recipes/reuse_losses.py
 
