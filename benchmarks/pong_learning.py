@@ -32,7 +32,7 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
         "REINFORCE, reward-to-go": _SAME,
         "+ baseline": [*_SAME, "--baseline"],
         "+ GAE": [*_SAME, "--baseline", "--advantage", "gae"],
-        "+ clipping, 4 epochs (PPO)": [*_SAME, "--baseline", "--advantage", "gae", "--loss", "clip"],
+        "+ clipping, 4 epochs (PPO)": [*_SAME, "--baseline", "--advantage", "gae", "--loss", "clip", "--epochs", "4"],
     },
     "choices": {
         "gae, clip (PPO)": ["pong.train_ppo"],

@@ -159,7 +159,7 @@ class OptimizationConfig:
     rollout_steps: int = 128
     """Steps per environment between updates."""
     epochs: int | None = None
-    """Passes over each rollout; None: 1 for loss reinforce (its gradient holds for fresh data only), otherwise 4."""
+    """Passes over each rollout; None: 1 for loss reinforce (its gradient holds for fresh data only), otherwise 2."""
     minibatch_size: int = 256
     """Steps per optimizer step."""
     learning_rate: float = 2.5e-4
@@ -249,7 +249,7 @@ class PongConfig:
     def epochs(self) -> int:
         if self.optimization.epochs is not None:
             return self.optimization.epochs
-        return 1 if self.algorithm.loss == "reinforce" else 4
+        return 1 if self.algorithm.loss == "reinforce" else 2
 
     def as_dict(self) -> dict[str, Any]:
         """JSON's types, for config.json; `resume` is how a run was continued, not what it is, and left out."""
@@ -310,11 +310,13 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
         )
     fast = replace(shared, frame_height=105, frame_width=80)
     if is_pong:
+        # A game without chance repeats itself, and so would a policy that makes up its mind early.
+        algorithm = replace(algorithm, entropy_coef=0.01)
         # NOOP, RIGHT (up), LEFT (down), whose FIRE variants do the same; the field without score board and borders.
         fast = replace(fast, actions=(0, 2, 3), crop_top=17, crop_bottom=97, max_pool=False)
     return PongConfig(
         game=fast,
         algorithm=algorithm,
         network=network,
-        optimization=OptimizationConfig(total_steps=700_000, learning_rate=1e-3, final_learning_rate=2e-5),
+        optimization=OptimizationConfig(total_steps=1_400_000, learning_rate=1e-3, final_learning_rate=2e-5),
     )

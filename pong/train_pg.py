@@ -37,7 +37,11 @@ def defaults(game: str = "pong") -> PongConfig:
         fast.algorithm, advantage="mc", loss="reinforce", baseline=False, entropy_coef=0.05, final_entropy_coef=0.01
     )
     optimization = replace(
-        fast.optimization, rollout_steps=256, minibatch_size=2048, total_steps=800_000, learning_rate=2e-3
+        fast.optimization,
+        rollout_steps=256,
+        minibatch_size=2048,
+        total_steps=800_000,
+        learning_rate=2e-3,
     )
     run = replace(fast.run, run_dir=Path(f"runs/{game}_pg"))
     return replace(fast, algorithm=algorithm, optimization=optimization, run=run)

@@ -46,7 +46,7 @@ def test_another_programs_config_is_refused() -> None:
 
 def test_reinforce_looks_at_fresh_data_once_unless_told_otherwise() -> None:
     config = PongConfig()
-    assert config.epochs == 4
+    assert config.epochs == 2
     assert replace(config, algorithm=AlgorithmConfig(loss="reinforce")).epochs == 1
 
 
