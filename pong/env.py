@@ -148,10 +148,13 @@ class AtariEnvs:
         longest = max(len(log) for log in logs)
         starts = np.array([longest - len(log) for log in logs])  # all end together, so short ones start late
         self._last_frames = self._env.reset(seed=0)[0][:, 0, self._rows]
-        self._seedings = np.array(state["seedings"]) - 1  # _seed_and_reset counts them up again
+        seedings = np.array(state["seedings"])
         for step in range(longest + 1):
-            if (starts == step).any():
-                self._seed_and_reset(starts == step)
+            due = starts == step
+            if due.any():
+                # Only now: what is played until its turn comes may last long enough for a new seed of its own.
+                self._seedings[due] = seedings[due] - 1  # counted up again
+                self._seed_and_reset(due)
             if step < longest:
                 self.send(np.array([log[step - at] if step >= at else 0 for log, at in zip(logs, starts, strict=True)]))
                 self.recv()
