@@ -3,7 +3,9 @@
 What it shares with the plain engine (the trainer's log-probs, ends, frequencies, batches) is in test_lm_generation.py.
 """
 
+import gc
 import os
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -515,6 +517,76 @@ def test_out_of_memory_means_fewer_slots(where: str, monkeypatch: pytest.MonkeyP
     assert engine.slots in (2, 3)
     assert max(tried) == 10
     assert found.token_ids.tolist() == expected.token_ids.tolist()
+
+
+@pytest.fixture
+def cache_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """Caches come out of a memory of `size` bytes, to which those return that nothing refers to any more."""
+    memory = SimpleNamespace(size=10**9, taken=0)
+    original = torch.zeros
+
+    def zeros(*size: Any, **options: Any) -> Tensor:
+        tensor = original(*size, **options)
+        if tensor.ndim != 4:
+            return tensor
+        if memory.taken + tensor.nbytes > memory.size:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        memory.taken += tensor.nbytes
+        weakref.finalize(tensor, lambda n: setattr(memory, "taken", memory.taken - n), tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    gc.disable()  # what only the collector would find is not free in time
+    yield memory
+    gc.enable()
+
+
+SLOT_BYTES = 2 * 2 * 16 * 4 * (max(map(len, encode(PROMPTS))) + 12)  # layers, keys and values, width, float32, columns
+
+
+def test_a_cache_that_was_too_large_is_gone_before_a_smaller_one_is_made(
+    cache_memory: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for five slots: four leave too little for what a step needs, and two do not fit beside the four."""
+    step = slots.decode_step
+
+    def needing(model: Any, work: Any, sampler: Any, running: int, used: int) -> Tensor:
+        if running > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return step(model, work, sampler, running, used)
+
+    monkeypatch.setattr(slots, "decode_step", needing)
+    engine = SlotEngine(tiny_model(), eos_token_ids=OFTEN, pad_token_id=PAD, max_slots=4)
+    cache_memory.size = 5 * SLOT_BYTES
+    engine.generate(*padded_prompts(PROMPTS), max_new_tokens=12, temperature=1.0, seeds=seeded(10))
+    assert engine.slots == 2
+    assert cache_memory.taken == 0
+
+
+def test_a_kept_cache_is_gone_before_a_larger_one_is_made(cache_memory: SimpleNamespace) -> None:
+    engine = SlotEngine(tiny_model(), eos_token_ids=OFTEN, pad_token_id=PAD, max_slots=4, keep_cache=True)
+    cache_memory.size = 5 * SLOT_BYTES
+    for count in (2, 4):
+        request: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seeds": seeded(count)}
+        engine.generate(*padded_prompts(PROMPTS[2:][:count]), **request)
+        assert engine.slots == count
+        assert cache_memory.taken == count * SLOT_BYTES
+
+
+def test_memory_is_given_back_when_nothing_holds_the_cache_any_more(
+    cache_memory: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    release = SlotEngine.release
+
+    def spy(self: SlotEngine) -> None:
+        release(self)
+        taken.append(cache_memory.taken)
+
+    monkeypatch.setattr(SlotEngine, "release", spy)
+    complete(tiny_model(), seeds=seeded(10))
+    assert taken
+    assert not any(taken)
 
 
 def test_not_even_one_slot_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
