@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import encode, padded_prompts, sequences_of, tiny_model, tokenizer
 from torch import Tensor
@@ -33,6 +34,7 @@ from transformers import (
 )
 
 from rlhf.checks import InputError
+from rlhf.lm.attention import ungrouped
 from rlhf.lm.generation import Completions, SlotEngine, TransformersEngine, Truncation, slots
 from rlhf.lm.generation.attention import SlotAttention
 from rlhf.lm.generation.graphs import DecodeGraphs
@@ -235,6 +237,39 @@ def test_autocast_is_that_of_the_trainer() -> None:
         expected = recomputed(model, PROMPTS, found)
     assert float((found.untruncated_log_probs - expected).abs().max()) < 0.1
     assert float((found.untruncated_log_probs - recomputed(model, PROMPTS, found)).abs().max()) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "heads"),
+    [("meta", torch.float32, 4), ("meta", torch.bfloat16, 2), ("cpu", torch.float32, 2)],
+    ids=lambda x: str(x).removeprefix("torch."),
+)
+def test_no_prompt_is_read_by_a_kernel_that_writes_out_all_scores(
+    device: str, dtype: torch.dtype, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's kernel for float32 takes no grouped keys. "meta" stands for any device that is not a CPU."""
+    found: list[tuple[int, ...]] = []
+    kernel = F.scaled_dot_product_attention
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        found.extend([key.shape[:2], value.shape[:2]])
+        assert options["enable_gqa"] == (key.shape[1] < query.shape[1])
+        return kernel(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    attention = SlotAttention(3, 8, [], torch.device(device))
+    query, key = (torch.zeros(3, n, 5, 16, dtype=dtype, device=device) for n in (4, 2))
+    attention.prefill(torch.arange(3, device=device), torch.arange(3, device=device))
+    assert attention.attend(0, query, key, key, None, None, None).shape == (3, 5, 4, 16)
+    assert found == [(3, heads), (3, heads)]
+    assert attention.keys[0].shape[1] == 2, "the cache has them once"
+
+
+def test_repeated_keys_are_grouped_ones() -> None:
+    query, key, value = (torch.randn(2, n, 5, 16, generator=torch.Generator().manual_seed(n)) for n in (6, 2, 2))
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    found = F.scaled_dot_product_attention(query, *ungrouped(query, key, value), is_causal=True)
+    torch.testing.assert_close(found, expected)
 
 
 # -- requests and slots -----------------------------------------------------------------------------------------------

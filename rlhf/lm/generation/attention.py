@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf.checks import InputError
-from rlhf.lm.attention import attending_through, evaluating, hides_windows
+from rlhf.lm.attention import attending_through, evaluating, hides_windows, ungrouped
 
 NAME = "rlhf_slots"
 REMEDY = "use the plain engine: --engine transformers"
@@ -127,13 +127,15 @@ class SlotAttention:
         length = query.shape[2]
         window = sliding_window if sliding_window is not None and sliding_window < length else None
         if window is None and softcap is None:
+            # Grouped keys are taken by the CPU's kernel and by flash attention, which has no float32.
+            if query.device.type != "cpu" and query.dtype.itemsize > 2:
+                key, value = ungrouped(query, key, value)
             out = F.scaled_dot_product_attention(
                 query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
             )
             return out.transpose(1, 2)
         mask = self._prefill_mask(length, window, query.dtype)
-        groups = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        key, value = ungrouped(query, key, value)
         return _attention(query, key, value, mask, scale, softcap).transpose(1, 2)
 
     def _attend_decoding(
