@@ -7,6 +7,7 @@ import gc
 import os
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,7 +36,7 @@ from transformers import (
 
 from rlhf.checks import InputError
 from rlhf.lm.attention import ungrouped
-from rlhf.lm.generation import Completions, SlotEngine, TransformersEngine, Truncation, slots
+from rlhf.lm.generation import Completions, SlotEngine, TransformersEngine, Truncation, build_engine, slots
 from rlhf.lm.generation.attention import SlotAttention
 from rlhf.lm.generation.graphs import DecodeGraphs
 from rlhf.lm.generation.memory import plan_slots
@@ -52,7 +53,9 @@ PROMPTS = ["1+2=", "9", "12+34=" * 7, "1+2=", "77+8=", "1+2=", "0+0=0+0=0+", "9"
 
 def complete(model: PreTrainedModel, prompts: list[str] = PROMPTS, **options: Any) -> Completions:
     settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seeds": None, **options}
-    of_engine = {name: settings.pop(name) for name in ("max_slots", "keep_cache", "autocast") if name in settings}
+    of_engine = {
+        name: settings.pop(name) for name in ("max_slots", "keep_cache", "autocast", "use_graphs") if name in settings
+    }
     engine = SlotEngine(model, eos_token_ids=settings.pop("eos", OFTEN), pad_token_id=PAD, **of_engine)
     return engine.generate(*padded_prompts(prompts), **settings)
 
@@ -187,6 +190,18 @@ def test_the_support_of_a_large_vocabulary_is_transformers_own(truncation: Trunc
         tokens = choose(logits, torch.full((4,), share).double(), temperature=1.0, truncation=truncation).tokens
         kept = [row.nonzero().flatten() for row in expected]
         assert tokens.tolist() == [int(row[0 if share == 0 else -1]) for row in kept]
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0])  # the first 512 have the mass in the second
+@pytest.mark.parametrize("top_p", [0.8, 0.9999])
+def test_looking_at_no_number_chooses_the_same(spread: float, top_p: float) -> None:
+    logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(1)) * spread
+    uniforms = torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    looking, not_looking = (
+        choose(logits, uniforms, temperature=1.0, truncation=Truncation(top_p=top_p), may_wait=may_wait)
+        for may_wait in (True, False)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(looking, not_looking, strict=True))
 
 
 @pytest.mark.parametrize("size", [7, 5000])
@@ -675,30 +690,135 @@ def test_both_engines_draw_the_same_tokens() -> None:
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
 
 
-def test_steps_rounded_up_as_for_graphs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CUDA graphs replay, run as it is: slots past the running ones idle, columns past the used are hidden."""
-    captured: list[tuple[int, int]] = []
+# -- CUDA graphs, without CUDA ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Steps go through `DecodeGraphs` on the CPU: replays are ordinary steps, waiting is looking at a number."""
+    seen = SimpleNamespace(mode=0, captured=[], rehearsed=0)
 
     def capture(self: DecodeGraphs, model: Any, work: Any, sampler: Any, slots: int, columns: int) -> Any:
-        captured.append((slots, columns))
+        assert seen.rehearsed > len(seen.captured), "each one is rehearsed"
+        seen.captured.append((slots, columns))
         return SimpleNamespace(replay=lambda: self._step(model, work, sampler, slots, columns))
 
+    def set_mode(mode: int | str) -> None:
+        seen.rehearsed += mode == "error"
+        seen.mode = {"error": 2}.get(mode, mode)
+
+    def refusing(name: str) -> Any:
+        original = getattr(Tensor, name)
+
+        def look(x: Tensor) -> Any:
+            if seen.mode == 2:
+                raise RuntimeError("called a synchronizing CUDA operation")
+            return original(x)
+
+        return look
+
+    for name in ("__bool__", "item", "tolist"):
+        monkeypatch.setattr(Tensor, name, refusing(name))
+    monkeypatch.setattr(slots, "GRAPHS_ON", "cpu")
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
-    model = tiny_model(architecture="gemma3", max_position_embeddings=400)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: seen.mode)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    return seen
+
+
+def test_steps_rounded_up_as_for_graphs_change_nothing(graphs: SimpleNamespace) -> None:
+    """Slots past the running ones idle, columns past the used are hidden."""
+    model, captured = tiny_model(architecture="gemma3", max_position_embeddings=400), graphs.captured
     limits = torch.tensor([2, 140, 5, 1, 9, 3, 30, 12, 7, 4] * 2)
     request: dict[str, Any] = {"max_new_tokens": limits, "temperature": 1.0, "seeds": seeded(20)}
-    engine = SlotEngine(model, eos_token_ids=set(), pad_token_id=PAD, max_slots=7, keep_cache=True)
-    expected = engine.generate(*padded_prompts(PROMPTS * 2), **request)
-    assert engine._workspace is not None
+    options: dict[str, Any] = {"eos_token_ids": set(), "pad_token_id": PAD, "max_slots": 7, "keep_cache": True}
+    plain = SlotEngine(model, use_graphs=False, **options)
+    expected = plain.generate(*padded_prompts(PROMPTS * 2), **request)
+    assert not captured
+    engine = SlotEngine(model, **options)
+    engine.generate(*padded_prompts(PROMPTS * 2), **request)  # which makes the cache large enough for the second call
+    captured.clear()
+    graphs.rehearsed = 0
+    engine._graphs.clear()
     for _ in range(2):
-        engine._graphs = engine._graphs or DecodeGraphs(False)
         found = engine.generate(*padded_prompts(PROMPTS * 2), **request)
         assert found.token_ids.tolist() == expected.token_ids.tolist()
         torch.testing.assert_close(found.untruncated_log_probs, expected.untruncated_log_probs, rtol=0, atol=1e-4)
-    assert len(captured) == len(set(captured)) > 3, "captured once for each shape, over both calls"
+    assert len(captured) == len(set(captured)) == graphs.rehearsed > 3, "captured once for each shape, over both calls"
     assert max(columns for _, columns in captured) > 128
     assert {slots for slots, _ in captured} <= {1, 2, 4, 7}
     next(iter(model.parameters())).data = next(iter(model.parameters())).data.clone()
     count = len(captured)
     engine.generate(*padded_prompts(PROMPTS * 2), **request)
     assert len(captured) == 2 * count, "captured anew for weights elsewhere"
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+def test_drawing_looks_at_no_number_where_a_graph_could_not(truncation: Truncation, graphs: SimpleNamespace) -> None:
+    model, request = tiny_model(vocab_size=600), {"seeds": seeded(10), "truncation": truncation}
+    found = complete(model, **request)
+    assert graphs.captured
+    assert found.token_ids.tolist() == complete(model, use_graphs=False, **request).token_ids.tolist()
+
+
+def test_a_model_that_waits_in_its_forward_is_run_without_graphs_from_then_on(graphs: SimpleNamespace) -> None:
+    """Dynamic rotary embeddings compare each forward's last position with a number."""
+    model = tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    request: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seeds": seeded(10)}
+    expected = complete(model, use_graphs=False, **request)
+    engine = SlotEngine(model, eos_token_ids=OFTEN, pad_token_id=PAD)
+    with pytest.warns(UserWarning, match="without CUDA graphs.*called a synchronizing CUDA operation") as warned:
+        found = [engine.generate(*padded_prompts(PROMPTS), **request) for _ in range(2)]  # the cache goes in between
+    assert len(warned) == 1
+    for completions in found:
+        assert all(torch.equal(x, y) for x, y in zip(completions, expected, strict=True))
+    assert (graphs.mode, graphs.rehearsed, graphs.captured) == (0, 1, [])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_rehearsal_that_stops_leaves_waiting_allowed(
+    error: type[BaseException], graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that runs out then means fewer slots, and no end of graphs."""
+    model = tiny_model()
+
+    def stop(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        if graphs.mode == 2 and len(kwargs["input_ids"]) > 2:
+            raise error("stopped")
+
+    model.register_forward_pre_hook(stop, with_kwargs=True)
+    engine = SlotEngine(model, eos_token_ids=OFTEN, pad_token_id=PAD, max_slots=4)
+    request: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seeds": seeded(10)}
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(*padded_prompts(PROMPTS), **request)
+    else:
+        found = engine.generate(*padded_prompts(PROMPTS), **request)
+        assert found.token_ids.tolist() == complete(tiny_model(), use_graphs=False, **request).token_ids.tolist()
+        assert engine.slots == 2
+        assert graphs.captured
+    assert graphs.mode == 0
+
+
+def test_layers_of_8_bits_are_never_captured(graphs: SimpleNamespace) -> None:
+    """bitsandbytes' wait for the device in each forward."""
+
+    class Linear8bitLt(torch.nn.Linear):
+        pass
+
+    model = tiny_model()
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.__class__ = Linear8bitLt
+    complete(model, seeds=seeded(10))
+    assert graphs.rehearsed == 0
+
+
+def test_graphs_can_be_switched_off(graphs: SimpleNamespace) -> None:
+    for use_graphs in (False, True):
+        engine = build_engine("slots", tiny_model(), eos_token_ids=OFTEN, pad_token_id=PAD, use_graphs=use_graphs)
+        engine.generate(*padded_prompts(PROMPTS), max_new_tokens=4, temperature=1.0, seeds=None)
+        assert bool(graphs.captured) == use_graphs

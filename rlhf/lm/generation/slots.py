@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.checks import InputError
-from rlhf.lm.generation.attention import LayerShape, attending, probe
+from rlhf.lm.generation.attention import LayerShape, attending, has_layers_of_8_bits, probe
 from rlhf.lm.generation.decoding import Sampler, Workspace, decode_step
 from rlhf.lm.generation.graphs import DecodeGraphs
 from rlhf.lm.generation.memory import free_bytes, is_out_of_memory, plan_slots
@@ -24,6 +24,7 @@ from rlhf.lm.generation.sampling import draw_uniforms
 from rlhf.lm.generation.schedule import Admission, Requests, Schedule
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}  # in one forward, padding included
+GRAPHS_ON = "cuda"
 
 
 class SlotEngine:
@@ -36,7 +37,8 @@ class SlotEngine:
         pad_token_id: fills finished rows.
         max_slots: sequences decoded at once, at most; fewer where memory is short. Changes no completion.
         autocast: makes the context of a forward (mixed precision as in training); none by default.
-        use_graphs: on CUDA, run each decoding step as one CUDA graph.
+        use_graphs: on CUDA, run each decoding step as one CUDA graph, where the model's forward allows it:
+            bitsandbytes' layers of 8 bits, among others, wait for the device.
         compile_step: on CUDA, compile the step before capturing it: tens of seconds that long runs earn back.
         keep_cache: hold the cache, and the graphs that point into it, between calls. None: on CUDA, while half of the
             device's memory is free beside it.
@@ -63,11 +65,9 @@ class SlotEngine:
         self.autocast = autocast
         self.keep_cache = keep_cache
         self.slots = 0  # of the last call
-        self._use_graphs = use_graphs
-        self._compile_step = compile_step
         self._shapes: dict[Any, list[LayerShape]] = {}
         self._workspace: Workspace | None = None
-        self._graphs: DecodeGraphs | None = None
+        self._graphs = DecodeGraphs(compile_step) if use_graphs and not has_layers_of_8_bits(model) else None
         with self.autocast():
             self._layer_shapes(model.device)
 
@@ -115,7 +115,9 @@ class SlotEngine:
 
     def release(self) -> None:
         """Free the cache, and the graphs that point into it."""
-        self._workspace = self._graphs = None
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._workspace = None
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 
@@ -128,7 +130,8 @@ class SlotEngine:
         workspace = self._take_workspace(slots, requests, shapes, device)
         if workspace is None:
             return None
-        run = _Run(self.model, workspace, self._graphs, requests, sampler, self.eos_token_ids)
+        graphs = self._graphs if device.type == GRAPHS_ON else None
+        run = _Run(self.model, workspace, graphs, requests, sampler, self.eos_token_ids)
         return run if run.attempt() else None
 
     def _fewer(self, slots: int, columns: int) -> int:
@@ -166,8 +169,6 @@ class SlotEngine:
                 if not is_out_of_memory(error):
                     raise
                 return None
-            if device.type == "cuda" and self._use_graphs:
-                self._graphs = DecodeGraphs(self._compile_step)
         return self._workspace
 
     def _layer_shapes(self, device: torch.device) -> list[LayerShape]:
