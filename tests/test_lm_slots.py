@@ -38,6 +38,7 @@ from rlhf.checks import InputError
 from rlhf.lm.attention import ungrouped
 from rlhf.lm.generation import Completions, SlotEngine, TransformersEngine, Truncation, build_engine, slots
 from rlhf.lm.generation.attention import SlotAttention
+from rlhf.lm.generation.casts import CastWeights
 from rlhf.lm.generation.graphs import DecodeGraphs
 from rlhf.lm.generation.memory import plan_slots
 from rlhf.lm.generation.sampling import choose, invert
@@ -285,6 +286,129 @@ def test_repeated_keys_are_grouped_ones() -> None:
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     found = F.scaled_dot_product_attention(query, *ungrouped(query, key, value), is_causal=True)
     torch.testing.assert_close(found, expected)
+
+
+# -- weights cast once for autocast ------------------------------------------------------------------------------------
+
+
+def in_bfloat16() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.fixture
+def in_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tuple[torch.dtype, int]]]:
+    """Of each decoding step: the model's parameters, by name, their type and address."""
+    seen: list[dict[str, tuple[torch.dtype, int]]] = []
+    step = slots.decode_step
+
+    def spy(model: Any, *others: Any) -> Tensor:
+        seen.append({n: (p.dtype, p.data_ptr()) for n, p in model.named_parameters(remove_duplicate=False)})
+        return step(model, *others)
+
+    monkeypatch.setattr(slots, "decode_step", spy)
+    return seen
+
+
+def adapted_model() -> Any:
+    model = get_peft_model(tiny_model(initializer_range=0.2), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+CASTABLE = {
+    "biases, tied": lambda: tiny_model(architecture="qwen2", tie_word_embeddings=True, initializer_range=0.1),
+    "Conv1D": lambda: tiny_model(architecture="gpt2", initializer_range=0.2),
+    "gemma2": lambda: tiny_model(architecture="gemma2", initializer_range=0.2),
+    "adapters": adapted_model,
+}
+
+
+@pytest.mark.parametrize("kind", CASTABLE)
+def test_weights_cast_once_are_those_that_autocast_casts_for_every_token(
+    kind: str, in_steps: list[dict[str, tuple[torch.dtype, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = CASTABLE[kind]()
+    before = {name: (p, p.clone()) for name, p in model.named_parameters(remove_duplicate=False)}
+    found = complete(model, seeds=seeded(10), autocast=in_bfloat16)
+    narrow = {name for name, (dtype, _) in in_steps[0].items() if dtype == torch.bfloat16}
+    assert {"lm_head.weight" in name for name in narrow} == {True, False}
+    assert not any("norm" in name or "ln_" in name or "embed" in name or "wte" in name for name in narrow)
+    assert any("lora" in name for name in narrow) == (kind == "adapters")
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert list(after) == list(before)
+    assert all(after[name] is p and torch.equal(p, value) for name, (p, value) in before.items())
+    in_steps.clear()
+    monkeypatch.setattr(slots, "CAST_SHARE", 0.0)  # no room: autocast casts
+    expected = complete(model, seeds=seeded(10), autocast=in_bfloat16)
+    assert {dtype for dtype, _ in in_steps[0].values()} == {torch.float32}
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("keep_cache", [False, True])
+def test_cast_weights_follow_the_weights_and_stay_where_they_are_while_kept(
+    keep_cache: bool, in_steps: list[dict[str, tuple[torch.dtype, int]]]
+) -> None:
+    model = tiny_model(initializer_range=0.2)
+    engine = SlotEngine(model, eos_token_ids=OFTEN, pad_token_id=PAD, keep_cache=keep_cache, autocast=in_bfloat16)
+    request: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "seeds": seeded(10)}
+    before = engine.generate(*padded_prompts(PROMPTS), **request)
+    assert bool(engine._casts.held_bytes) == keep_cache
+    where = in_steps[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    in_steps.clear()
+    after = engine.generate(*padded_prompts(PROMPTS), **request)
+    assert not keep_cache or in_steps[0] == where, "a captured graph would read the new weights"
+    fresh = complete(model, autocast=in_bfloat16, **request)
+    assert all(torch.equal(x, y) for x, y in zip(after, fresh, strict=True))
+    assert not torch.equal(after.sampler_log_probs, before.sampler_log_probs)
+    model(padded_prompts(PROMPTS)[0]).logits.sum().backward()  # trains
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_generation_that_stops_puts_the_weights_back(broken: type[BaseException]) -> None:
+    model = tiny_model()
+    before = dict(model.named_parameters())
+    engine = SlotEngine(model, eos_token_ids=set(), pad_token_id=PAD, autocast=in_bfloat16)
+    with pytest.raises(broken, match="stopped"):
+        engine.generate(*padded_prompts(PROMPTS), max_new_tokens=6, temperature=1.0, seeds=None)
+    assert all(p is before[name] for name, p in model.named_parameters())
+
+
+def test_a_model_that_does_more_with_its_weights_keeps_them(
+    in_steps: list[dict[str, tuple[torch.dtype, int]]],
+) -> None:
+    def without_autocast(module: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x.float(), module.weight)
+
+    def normed(module: Any, x: Tensor) -> Tensor:  # as DoRA
+        return F.linear(x, module.weight) / module.weight.norm(dim=-1)
+
+    for forward in (without_autocast, normed):
+        model = tiny_model(initializer_range=0.2)
+        model.model.layers[0].mlp.up_proj.forward = forward.__get__(model.model.layers[0].mlp.up_proj)
+        in_steps.clear()
+        complete(model, seeds=seeded(10), autocast=in_bfloat16)
+        assert {dtype for dtype, _ in in_steps[0].values()} == {torch.float32}
+
+
+def test_without_memory_for_copies_autocast_casts(
+    in_steps: list[dict[str, tuple[torch.dtype, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(initializer_range=0.2)
+    engine = SlotEngine(model, eos_token_ids=OFTEN, pad_token_id=PAD, autocast=in_bfloat16)
+
+    def fail(self: CastWeights, parameter: Any, dtype: torch.dtype) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+
+    monkeypatch.setattr(CastWeights, "_copy", fail)
+    found = engine.generate(*padded_prompts(PROMPTS), max_new_tokens=6, temperature=1.0, seeds=None)
+    assert found.action_mask.any()
+    assert {dtype for dtype, _ in in_steps[0].values()} == {torch.float32}
 
 
 # -- requests and slots -----------------------------------------------------------------------------------------------
