@@ -73,6 +73,7 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "top_p": ([0.1, 1.0], [0.0, 1.0001, math.nan]),
         "min_p": CLOSED_UNIT,
         "engine": (["slots", "transformers"], ["vllm"]),
+        "cuda_graphs": FREE,
         "generation_batch_size": COUNT,
     },
     AlgorithmConfig: {

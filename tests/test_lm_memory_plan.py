@@ -206,6 +206,15 @@ def test_the_cache_is_what_the_engine_keeps(architecture: str) -> None:
     assert plan.cache == 4 * ((PROMPT + NEW) * per_token + sampling)
 
 
+def test_weights_cast_for_generating_are_planned() -> None:
+    """bfloat16's two bytes for each number of the linear layers; the cache itself is halved."""
+    model, config = tiny_model(), config_of()
+    plain, mixed = planned(model, config), planned(model, config, autocast_dtype=torch.bfloat16)
+    linear = [p for m in model.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()]
+    sampling = 4 * 16 * model.config.vocab_size
+    assert mixed.cache - sampling == (plain.cache - sampling) / 2 + 2 * sum(p.numel() for p in linear)
+
+
 def test_processes_share_the_sequences_and_pay_for_sending_gradients() -> None:
     alone, shared = (planned(tiny_model(), config_of(), num_processes=n) for n in (1, 4))
     assert (alone.slots, shared.slots) == (4, 2)

@@ -3,13 +3,17 @@
 What it shares with the plain engine (the trainer's log-probs, ends, frequencies, batches) is in test_lm_generation.py.
 """
 
+import gc
 import os
+import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import encode, padded_prompts, sequences_of, tiny_model, tokenizer
 from torch import Tensor
@@ -31,8 +35,10 @@ from transformers import (
 )
 
 from rlhf.checks import InputError
-from rlhf.lm.generation import Completions, SlotEngine, TransformersEngine, Truncation, slots
+from rlhf.lm.attention import ungrouped
+from rlhf.lm.generation import Completions, SlotEngine, TransformersEngine, Truncation, build_engine, slots
 from rlhf.lm.generation.attention import SlotAttention
+from rlhf.lm.generation.casts import CastWeights
 from rlhf.lm.generation.graphs import DecodeGraphs
 from rlhf.lm.generation.memory import plan_slots
 from rlhf.lm.generation.sampling import choose, invert
@@ -48,7 +54,9 @@ PROMPTS = ["1+2=", "9", "12+34=" * 7, "1+2=", "77+8=", "1+2=", "0+0=0+0=0+", "9"
 
 def complete(model: PreTrainedModel, prompts: list[str] = PROMPTS, **options: Any) -> Completions:
     settings: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seeds": None, **options}
-    of_engine = {name: settings.pop(name) for name in ("max_slots", "keep_cache", "autocast") if name in settings}
+    of_engine = {
+        name: settings.pop(name) for name in ("max_slots", "keep_cache", "autocast", "use_graphs") if name in settings
+    }
     engine = SlotEngine(model, eos_token_ids=settings.pop("eos", OFTEN), pad_token_id=PAD, **of_engine)
     return engine.generate(*padded_prompts(prompts), **settings)
 
@@ -185,6 +193,18 @@ def test_the_support_of_a_large_vocabulary_is_transformers_own(truncation: Trunc
         assert tokens.tolist() == [int(row[0 if share == 0 else -1]) for row in kept]
 
 
+@pytest.mark.parametrize("spread", [0.1, 3.0])  # the first 512 have the mass in the second
+@pytest.mark.parametrize("top_p", [0.8, 0.9999])
+def test_looking_at_no_number_chooses_the_same(spread: float, top_p: float) -> None:
+    logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(1)) * spread
+    uniforms = torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    looking, not_looking = (
+        choose(logits, uniforms, temperature=1.0, truncation=Truncation(top_p=top_p), may_wait=may_wait)
+        for may_wait in (True, False)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(looking, not_looking, strict=True))
+
+
 @pytest.mark.parametrize("size", [7, 5000])
 def test_inversion_in_blocks_is_inversion_of_the_whole(size: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -233,6 +253,162 @@ def test_autocast_is_that_of_the_trainer() -> None:
         expected = recomputed(model, PROMPTS, found)
     assert float((found.untruncated_log_probs - expected).abs().max()) < 0.1
     assert float((found.untruncated_log_probs - recomputed(model, PROMPTS, found)).abs().max()) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "heads"),
+    [("meta", torch.float32, 4), ("meta", torch.bfloat16, 2), ("cpu", torch.float32, 2)],
+    ids=lambda x: str(x).removeprefix("torch."),
+)
+def test_no_prompt_is_read_by_a_kernel_that_writes_out_all_scores(
+    device: str, dtype: torch.dtype, heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's kernel for float32 takes no grouped keys. "meta" stands for any device that is not a CPU."""
+    found: list[tuple[int, ...]] = []
+    kernel = F.scaled_dot_product_attention
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        found.extend([key.shape[:2], value.shape[:2]])
+        assert options["enable_gqa"] == (key.shape[1] < query.shape[1])
+        return kernel(query, key, value, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    attention = SlotAttention(3, 8, [], torch.device(device))
+    query, key = (torch.zeros(3, n, 5, 16, dtype=dtype, device=device) for n in (4, 2))
+    attention.prefill(torch.arange(3, device=device), torch.arange(3, device=device))
+    assert attention.attend(0, query, key, key, None, None, None).shape == (3, 5, 4, 16)
+    assert found == [(3, heads), (3, heads)]
+    assert attention.keys[0].shape[1] == 2, "the cache has them once"
+
+
+def test_repeated_keys_are_grouped_ones() -> None:
+    query, key, value = (torch.randn(2, n, 5, 16, generator=torch.Generator().manual_seed(n)) for n in (6, 2, 2))
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    found = F.scaled_dot_product_attention(query, *ungrouped(query, key, value), is_causal=True)
+    torch.testing.assert_close(found, expected)
+
+
+# -- weights cast once for autocast ------------------------------------------------------------------------------------
+
+
+def in_bfloat16() -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.fixture
+def in_steps(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, tuple[torch.dtype, int]]]:
+    """Of each decoding step: the model's parameters, by name, their type and address."""
+    seen: list[dict[str, tuple[torch.dtype, int]]] = []
+    step = slots.decode_step
+
+    def spy(model: Any, *others: Any) -> Tensor:
+        seen.append({n: (p.dtype, p.data_ptr()) for n, p in model.named_parameters(remove_duplicate=False)})
+        return step(model, *others)
+
+    monkeypatch.setattr(slots, "decode_step", spy)
+    return seen
+
+
+def adapted_model() -> Any:
+    model = get_peft_model(tiny_model(initializer_range=0.2), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+CASTABLE = {
+    "biases, tied": lambda: tiny_model(architecture="qwen2", tie_word_embeddings=True, initializer_range=0.1),
+    "Conv1D": lambda: tiny_model(architecture="gpt2", initializer_range=0.2),
+    "gemma2": lambda: tiny_model(architecture="gemma2", initializer_range=0.2),
+    "adapters": adapted_model,
+}
+
+
+@pytest.mark.parametrize("kind", CASTABLE)
+def test_weights_cast_once_are_those_that_autocast_casts_for_every_token(
+    kind: str, in_steps: list[dict[str, tuple[torch.dtype, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = CASTABLE[kind]()
+    before = {name: (p, p.clone()) for name, p in model.named_parameters(remove_duplicate=False)}
+    found = complete(model, seeds=seeded(10), autocast=in_bfloat16)
+    narrow = {name for name, (dtype, _) in in_steps[0].items() if dtype == torch.bfloat16}
+    assert {"lm_head.weight" in name for name in narrow} == {True, False}
+    assert not any("norm" in name or "ln_" in name or "embed" in name or "wte" in name for name in narrow)
+    assert any("lora" in name for name in narrow) == (kind == "adapters")
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert list(after) == list(before)
+    assert all(after[name] is p and torch.equal(p, value) for name, (p, value) in before.items())
+    in_steps.clear()
+    monkeypatch.setattr(slots, "CAST_SHARE", 0.0)  # no room: autocast casts
+    expected = complete(model, seeds=seeded(10), autocast=in_bfloat16)
+    assert {dtype for dtype, _ in in_steps[0].values()} == {torch.float32}
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("keep_cache", [False, True])
+def test_cast_weights_follow_the_weights_and_stay_where_they_are_while_kept(
+    keep_cache: bool, in_steps: list[dict[str, tuple[torch.dtype, int]]]
+) -> None:
+    model = tiny_model(initializer_range=0.2)
+    engine = SlotEngine(model, eos_token_ids=OFTEN, pad_token_id=PAD, keep_cache=keep_cache, autocast=in_bfloat16)
+    request: dict[str, Any] = {"max_new_tokens": 6, "temperature": 1.0, "seeds": seeded(10)}
+    before = engine.generate(*padded_prompts(PROMPTS), **request)
+    assert bool(engine._casts.held_bytes) == keep_cache
+    where = in_steps[0]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    in_steps.clear()
+    after = engine.generate(*padded_prompts(PROMPTS), **request)
+    assert not keep_cache or in_steps[0] == where, "a captured graph would read the new weights"
+    fresh = complete(model, autocast=in_bfloat16, **request)
+    assert all(torch.equal(x, y) for x, y in zip(after, fresh, strict=True))
+    assert not torch.equal(after.sampler_log_probs, before.sampler_log_probs)
+    model(padded_prompts(PROMPTS)[0]).logits.sum().backward()  # trains
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_generation_that_stops_puts_the_weights_back(broken: type[BaseException]) -> None:
+    model = tiny_model()
+    before = dict(model.named_parameters())
+    engine = SlotEngine(model, eos_token_ids=set(), pad_token_id=PAD, autocast=in_bfloat16)
+    with pytest.raises(broken, match="stopped"):
+        engine.generate(*padded_prompts(PROMPTS), max_new_tokens=6, temperature=1.0, seeds=None)
+    assert all(p is before[name] for name, p in model.named_parameters())
+
+
+def test_a_model_that_does_more_with_its_weights_keeps_them(
+    in_steps: list[dict[str, tuple[torch.dtype, int]]],
+) -> None:
+    def without_autocast(module: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x.float(), module.weight)
+
+    def normed(module: Any, x: Tensor) -> Tensor:  # as DoRA
+        return F.linear(x, module.weight) / module.weight.norm(dim=-1)
+
+    for forward in (without_autocast, normed):
+        model = tiny_model(initializer_range=0.2)
+        model.model.layers[0].mlp.up_proj.forward = forward.__get__(model.model.layers[0].mlp.up_proj)
+        in_steps.clear()
+        complete(model, seeds=seeded(10), autocast=in_bfloat16)
+        assert {dtype for dtype, _ in in_steps[0].values()} == {torch.float32}
+
+
+def test_without_memory_for_copies_autocast_casts(
+    in_steps: list[dict[str, tuple[torch.dtype, int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(initializer_range=0.2)
+    engine = SlotEngine(model, eos_token_ids=OFTEN, pad_token_id=PAD, autocast=in_bfloat16)
+
+    def fail(self: CastWeights, parameter: Any, dtype: torch.dtype) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+
+    monkeypatch.setattr(CastWeights, "_copy", fail)
+    found = engine.generate(*padded_prompts(PROMPTS), max_new_tokens=6, temperature=1.0, seeds=None)
+    assert found.action_mask.any()
+    assert {dtype for dtype, _ in in_steps[0].values()} == {torch.float32}
 
 
 # -- requests and slots -----------------------------------------------------------------------------------------------
@@ -517,6 +693,76 @@ def test_out_of_memory_means_fewer_slots(where: str, monkeypatch: pytest.MonkeyP
     assert found.token_ids.tolist() == expected.token_ids.tolist()
 
 
+@pytest.fixture
+def cache_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """Caches come out of a memory of `size` bytes, to which those return that nothing refers to any more."""
+    memory = SimpleNamespace(size=10**9, taken=0)
+    original = torch.zeros
+
+    def zeros(*size: Any, **options: Any) -> Tensor:
+        tensor = original(*size, **options)
+        if tensor.ndim != 4:
+            return tensor
+        if memory.taken + tensor.nbytes > memory.size:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        memory.taken += tensor.nbytes
+        weakref.finalize(tensor, lambda n: setattr(memory, "taken", memory.taken - n), tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    gc.disable()  # what only the collector would find is not free in time
+    yield memory
+    gc.enable()
+
+
+SLOT_BYTES = 2 * 2 * 16 * 4 * (max(map(len, encode(PROMPTS))) + 12)  # layers, keys and values, width, float32, columns
+
+
+def test_a_cache_that_was_too_large_is_gone_before_a_smaller_one_is_made(
+    cache_memory: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for five slots: four leave too little for what a step needs, and two do not fit beside the four."""
+    step = slots.decode_step
+
+    def needing(model: Any, work: Any, sampler: Any, running: int, used: int) -> Tensor:
+        if running > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return step(model, work, sampler, running, used)
+
+    monkeypatch.setattr(slots, "decode_step", needing)
+    engine = SlotEngine(tiny_model(), eos_token_ids=OFTEN, pad_token_id=PAD, max_slots=4)
+    cache_memory.size = 5 * SLOT_BYTES
+    engine.generate(*padded_prompts(PROMPTS), max_new_tokens=12, temperature=1.0, seeds=seeded(10))
+    assert engine.slots == 2
+    assert cache_memory.taken == 0
+
+
+def test_a_kept_cache_is_gone_before_a_larger_one_is_made(cache_memory: SimpleNamespace) -> None:
+    engine = SlotEngine(tiny_model(), eos_token_ids=OFTEN, pad_token_id=PAD, max_slots=4, keep_cache=True)
+    cache_memory.size = 5 * SLOT_BYTES
+    for count in (2, 4):
+        request: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seeds": seeded(count)}
+        engine.generate(*padded_prompts(PROMPTS[2:][:count]), **request)
+        assert engine.slots == count
+        assert cache_memory.taken == count * SLOT_BYTES
+
+
+def test_memory_is_given_back_when_nothing_holds_the_cache_any_more(
+    cache_memory: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    release = SlotEngine.release
+
+    def spy(self: SlotEngine) -> None:
+        release(self)
+        taken.append(cache_memory.taken)
+
+    monkeypatch.setattr(SlotEngine, "release", spy)
+    complete(tiny_model(), seeds=seeded(10))
+    assert taken
+    assert not any(taken)
+
+
 def test_not_even_one_slot_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
@@ -568,30 +814,135 @@ def test_both_engines_draw_the_same_tokens() -> None:
             torch.testing.assert_close(mine, other, rtol=0, atol=1e-4)
 
 
-def test_steps_rounded_up_as_for_graphs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CUDA graphs replay, run as it is: slots past the running ones idle, columns past the used are hidden."""
-    captured: list[tuple[int, int]] = []
+# -- CUDA graphs, without CUDA ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Steps go through `DecodeGraphs` on the CPU: replays are ordinary steps, waiting is looking at a number."""
+    seen = SimpleNamespace(mode=0, captured=[], rehearsed=0)
 
     def capture(self: DecodeGraphs, model: Any, work: Any, sampler: Any, slots: int, columns: int) -> Any:
-        captured.append((slots, columns))
+        assert seen.rehearsed > len(seen.captured), "each one is rehearsed"
+        seen.captured.append((slots, columns))
         return SimpleNamespace(replay=lambda: self._step(model, work, sampler, slots, columns))
 
+    def set_mode(mode: int | str) -> None:
+        seen.rehearsed += mode == "error"
+        seen.mode = {"error": 2}.get(mode, mode)
+
+    def refusing(name: str) -> Any:
+        original = getattr(Tensor, name)
+
+        def look(x: Tensor) -> Any:
+            if seen.mode == 2:
+                raise RuntimeError("called a synchronizing CUDA operation")
+            return original(x)
+
+        return look
+
+    for name in ("__bool__", "item", "tolist"):
+        monkeypatch.setattr(Tensor, name, refusing(name))
+    monkeypatch.setattr(slots, "GRAPHS_ON", "cpu")
     monkeypatch.setattr(DecodeGraphs, "_capture", capture)
-    model = tiny_model(architecture="gemma3", max_position_embeddings=400)
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: seen.mode)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    return seen
+
+
+def test_steps_rounded_up_as_for_graphs_change_nothing(graphs: SimpleNamespace) -> None:
+    """Slots past the running ones idle, columns past the used are hidden."""
+    model, captured = tiny_model(architecture="gemma3", max_position_embeddings=400), graphs.captured
     limits = torch.tensor([2, 140, 5, 1, 9, 3, 30, 12, 7, 4] * 2)
     request: dict[str, Any] = {"max_new_tokens": limits, "temperature": 1.0, "seeds": seeded(20)}
-    engine = SlotEngine(model, eos_token_ids=set(), pad_token_id=PAD, max_slots=7, keep_cache=True)
-    expected = engine.generate(*padded_prompts(PROMPTS * 2), **request)
-    assert engine._workspace is not None
+    options: dict[str, Any] = {"eos_token_ids": set(), "pad_token_id": PAD, "max_slots": 7, "keep_cache": True}
+    plain = SlotEngine(model, use_graphs=False, **options)
+    expected = plain.generate(*padded_prompts(PROMPTS * 2), **request)
+    assert not captured
+    engine = SlotEngine(model, **options)
+    engine.generate(*padded_prompts(PROMPTS * 2), **request)  # which makes the cache large enough for the second call
+    captured.clear()
+    graphs.rehearsed = 0
+    engine._graphs.clear()
     for _ in range(2):
-        engine._graphs = engine._graphs or DecodeGraphs(False)
         found = engine.generate(*padded_prompts(PROMPTS * 2), **request)
         assert found.token_ids.tolist() == expected.token_ids.tolist()
         torch.testing.assert_close(found.untruncated_log_probs, expected.untruncated_log_probs, rtol=0, atol=1e-4)
-    assert len(captured) == len(set(captured)) > 3, "captured once for each shape, over both calls"
+    assert len(captured) == len(set(captured)) == graphs.rehearsed > 3, "captured once for each shape, over both calls"
     assert max(columns for _, columns in captured) > 128
     assert {slots for slots, _ in captured} <= {1, 2, 4, 7}
     next(iter(model.parameters())).data = next(iter(model.parameters())).data.clone()
     count = len(captured)
     engine.generate(*padded_prompts(PROMPTS * 2), **request)
     assert len(captured) == 2 * count, "captured anew for weights elsewhere"
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
+def test_drawing_looks_at_no_number_where_a_graph_could_not(truncation: Truncation, graphs: SimpleNamespace) -> None:
+    model, request = tiny_model(vocab_size=600), {"seeds": seeded(10), "truncation": truncation}
+    found = complete(model, **request)
+    assert graphs.captured
+    assert found.token_ids.tolist() == complete(model, use_graphs=False, **request).token_ids.tolist()
+
+
+def test_a_model_that_waits_in_its_forward_is_run_without_graphs_from_then_on(graphs: SimpleNamespace) -> None:
+    """Dynamic rotary embeddings compare each forward's last position with a number."""
+    model = tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    request: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seeds": seeded(10)}
+    expected = complete(model, use_graphs=False, **request)
+    engine = SlotEngine(model, eos_token_ids=OFTEN, pad_token_id=PAD)
+    with pytest.warns(UserWarning, match="without CUDA graphs.*called a synchronizing CUDA operation") as warned:
+        found = [engine.generate(*padded_prompts(PROMPTS), **request) for _ in range(2)]  # the cache goes in between
+    assert len(warned) == 1
+    for completions in found:
+        assert all(torch.equal(x, y) for x, y in zip(completions, expected, strict=True))
+    assert (graphs.mode, graphs.rehearsed, graphs.captured) == (0, 1, [])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_rehearsal_that_stops_leaves_waiting_allowed(
+    error: type[BaseException], graphs: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that runs out then means fewer slots, and no end of graphs."""
+    model = tiny_model()
+
+    def stop(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        if graphs.mode == 2 and len(kwargs["input_ids"]) > 2:
+            raise error("stopped")
+
+    model.register_forward_pre_hook(stop, with_kwargs=True)
+    engine = SlotEngine(model, eos_token_ids=OFTEN, pad_token_id=PAD, max_slots=4)
+    request: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "seeds": seeded(10)}
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(*padded_prompts(PROMPTS), **request)
+    else:
+        found = engine.generate(*padded_prompts(PROMPTS), **request)
+        assert found.token_ids.tolist() == complete(tiny_model(), use_graphs=False, **request).token_ids.tolist()
+        assert engine.slots == 2
+        assert graphs.captured
+    assert graphs.mode == 0
+
+
+def test_layers_of_8_bits_are_never_captured(graphs: SimpleNamespace) -> None:
+    """bitsandbytes' wait for the device in each forward."""
+
+    class Linear8bitLt(torch.nn.Linear):
+        pass
+
+    model = tiny_model()
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.__class__ = Linear8bitLt
+    complete(model, seeds=seeded(10))
+    assert graphs.rehearsed == 0
+
+
+def test_graphs_can_be_switched_off(graphs: SimpleNamespace) -> None:
+    for use_graphs in (False, True):
+        engine = build_engine("slots", tiny_model(), eos_token_ids=OFTEN, pad_token_id=PAD, use_graphs=use_graphs)
+        engine.generate(*padded_prompts(PROMPTS), max_new_tokens=4, temperature=1.0, seeds=None)
+        assert bool(graphs.captured) == use_graphs

@@ -28,6 +28,7 @@ from rlhf.lm import experience, optimizer, update
 from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig
 from rlhf.lm.critic import head_of
 from rlhf.lm.embedded import build_tokenizer
+from rlhf.lm.generation import build_engine
 from rlhf.lm.logprobs import policy_output
 from rlhf.lm.models import assemble_roles
 from rlhf.lm.rewards import RewardModel, exact_answer
@@ -338,6 +339,19 @@ def test_recomputed_layers_change_no_bit_of_a_run_and_may_be_chosen_on_resume(tm
     assert files_of(runs[0]) == files_of(runs[1])
     changes["optimization"]["gradient_checkpointing"] = False
     make_trainer(make_config(run, **{**changes, "run": {"run_dir": run, "resume": True}}))
+
+
+def test_cuda_graphs_are_switched_off_by_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+
+    def build(*args: Any, use_graphs: bool, **options: Any) -> Any:
+        told.append(use_graphs)
+        return build_engine(*args, use_graphs=use_graphs, **options)
+
+    monkeypatch.setattr("rlhf.lm.trainer.build_engine", build)
+    for cuda_graphs in (True, False):
+        make_trainer(make_config(tmp_path / str(cuda_graphs), sampling={"cuda_graphs": cuda_graphs}))
+    assert told == [True, False]
 
 
 def test_an_optimizer_that_is_not_installed_stops_the_run_before_it_starts(

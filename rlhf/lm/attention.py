@@ -62,6 +62,12 @@ def hides_windows(model: PreTrainedModel) -> bool:
     return heard == {None}
 
 
+def ungrouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [b, kv_heads, K, D] repeated for each of the queries' heads [b, heads, Q, D]."""
+    groups = query.shape[1] // key.shape[1]
+    return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+
+
 def positions(model_config: PreTrainedConfig) -> int | None:
     """How many tokens a sequence may have; None: the model does not say."""
     limit: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)

@@ -25,6 +25,7 @@ MAY_CHANGE = {"run_dir", "eval_every", "eval_prompts", "checkpoint_every", "keep
     "log_with",
     "push_to_hub",
     "engine",
+    "cuda_graphs",
     "generation_batch_size",
     "micro_batch_tokens",
     "share_prompts",

@@ -99,6 +99,8 @@ class SamplingConfig:
     engine: EngineKind = "slots"
     """slots: continuous batching over a slot cache, prompts read once for their group; transformers: the plain engine,
     for models whose attention cannot be replaced."""
+    cuda_graphs: bool = True
+    """On CUDA, the slot engine runs each decoding step as one CUDA graph, where the model allows it."""
     generation_batch_size: int = 256
     """Sequences generated at once on each process, at most: bounds memory, changes no result."""
 

@@ -26,6 +26,7 @@ from rlhf.checks import InputError, brief
 from rlhf.lm.batching import CPU_TOKENS, GPU_TOKENS
 from rlhf.lm.config import OptimizerKind, TrainerConfig
 from rlhf.lm.critic import Critic, head_of
+from rlhf.lm.generation.casts import cast_bytes
 from rlhf.lm.generation.memory import SAMPLING_COPIES, free_bytes
 from rlhf.lm.head import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, KEPT_BYTES, widened
 from rlhf.lm.layers import wrap_layers
@@ -49,7 +50,7 @@ class MemoryPlan:
     reference: int  # 0 where it is the actor without its adapter
     reward_models: int
     optimizer: int  # AdamW's moments
-    cache: int  # while generating: keys, values and the arrays that a token is sampled from
+    cache: int  # while generating: keys, values, the arrays that a token is sampled from, weights cast for autocast
     gradients: int  # while updating, as what follows
     activations: int | None  # saved for the backward pass of one micro-batch; None: the model could not be tried out
     head: int  # logits, their softmax and the output matrix's gradient
@@ -106,7 +107,8 @@ def plan_memory(
         reference=_held_by(roles.actor) if reference else 0,
         reward_models=sum(_held_by(model) for model in reward_models),
         optimizer=_moments_bytes(trained, optimization.optimizer),
-        cache=slots * _cache_bytes(actor, longest, autocast_dtype or actor.dtype),
+        cache=slots * _cache_bytes(actor, longest, autocast_dtype or actor.dtype)
+        + (0 if autocast_dtype is None else cast_bytes(actor, autocast_dtype)),
         gradients=gradients * (1 if num_processes == 1 else 3),  # one copy to send, one received
         activations=_saved_by(roles, tokens, longest, autocast_dtype, recompute=optimization.gradient_checkpointing),
         head=_head_bytes(actor, tokens * sampling.max_new_tokens // longest, device),

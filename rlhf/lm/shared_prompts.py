@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from rlhf.checks import InputError
-from rlhf.lm.attention import attending_through
+from rlhf.lm.attention import attending_through, ungrouped
 
 NAME = "rlhf_shared_prompts"
 
@@ -187,10 +187,9 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     """[b, heads, Q, D], [b, kv_heads, K, D] twice, additive mask (None: causal) -> [b, heads, Q, D]."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and (softcap is not None or query.device.type != "cpu"):
-        # The CPU's kernel takes them as they are; those of GPUs that take a mask do not.
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if softcap is not None or query.device.type != "cpu":
+        # The CPU's kernel takes grouped ones as they are; those of GPUs that take a mask do not.
+        key, value = ungrouped(query, key, value)
     if softcap is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale,

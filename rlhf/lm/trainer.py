@@ -165,6 +165,7 @@ class Trainer:
                 eos_token_ids=eos_token_ids,
                 pad_token_id=self.tokenizer.pad_token_id,
                 at_once=config.sampling.generation_batch_size,
+                use_graphs=config.sampling.cuda_graphs,
                 autocast=accelerator.autocast,
             )
         )

@@ -14,6 +14,7 @@ class Sampler(NamedTuple):
     uniforms: Tensor | None  # [B, T] float64
     temperature: float
     truncation: Truncation
+    may_wait: bool = True  # whether a step may wait for the device's numbers; one that is captured cannot
 
 
 class Workspace:
@@ -54,7 +55,9 @@ def decode_step(model: nn.Module, work: Workspace, sampler: Sampler, running: in
     work.attention.decode(positions, used)
     logits = model(input_ids=tokens[:, None], position_ids=positions[:, None], use_cache=False).logits[:, -1]
     uniforms = None if sampler.uniforms is None else work.uniforms.index_select(0, places)
-    choice = choose(logits, uniforms, temperature=sampler.temperature, truncation=sampler.truncation)
+    choice = choose(
+        logits, uniforms, temperature=sampler.temperature, truncation=sampler.truncation, may_wait=sampler.may_wait
+    )
     work.token_ids.index_copy_(0, places, choice.tokens)
     work.log_probs.index_copy_(0, places, choice.sampler_log_probs)
     if not sampler.truncation.is_off:

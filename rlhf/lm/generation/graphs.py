@@ -5,17 +5,23 @@ the workspace and at the weights, which optimizers change in place, so that it s
 moved, or another adapter is active, it is captured anew.
 """
 
-from collections.abc import Hashable
+import warnings
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from rlhf.checks import brief
 from rlhf.lm.generation.decoding import Sampler, Workspace, decode_step
+from rlhf.lm.generation.memory import is_out_of_memory
 
 
 class DecodeGraphs:
-    """The graphs of one workspace.
+    """The graphs of one engine, into one workspace at a time.
+
+    Where the model waits for the device in its forward, which no graph can do, steps are plain from then on.
 
     Args:
         compile_step: compile the step first, for all slots and columns at once, so that it is compiled only once.
@@ -24,6 +30,7 @@ class DecodeGraphs:
     def __init__(self, compile_step: bool) -> None:
         self._step = torch.compile(decode_step, dynamic=False) if compile_step else decode_step
         self._is_compiled = compile_step
+        self._is_refused = False
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._model_state: Hashable = None
@@ -32,9 +39,14 @@ class DecodeGraphs:
         """Before a call's first step: no slot runs; graphs of another state of the model go."""
         state = _addresses(model)
         if state != self._model_state:
-            self._graphs.clear()
-            self._pool, self._model_state = None, state
+            self.clear()
+            self._model_state = state
         self.idle(work, 0)
+
+    def clear(self) -> None:
+        """Before the workspace goes."""
+        self._graphs.clear()
+        self._pool = self._model_state = None
 
     def idle(self, work: Workspace, running: int) -> None:
         """Slots past the running ones: their steps go to column 0 and to the result that nobody wants."""
@@ -44,6 +56,8 @@ class DecodeGraphs:
 
     def step(self, model: nn.Module, work: Workspace, sampler: Sampler, running: int, used: int) -> list[int]:
         """As `decode_step`; the graph's slots past the running ones are idle ones."""
+        if self._is_refused:
+            return decode_step(model, work, sampler, running, used).tolist()
         if self._is_compiled:
             slots, columns = work.slots, work.attention.columns
         else:
@@ -52,15 +66,18 @@ class DecodeGraphs:
             columns = min(-(-used // 128) * 128, work.attention.columns)
         key = (slots, columns, sampler.uniforms is None, sampler.temperature, sampler.truncation)
         if key not in self._graphs:
-            self._graphs[key] = self._capture(model, work, sampler, slots, columns)
+            at_once = sampler._replace(may_wait=False)
+            if not self._rehearse(model, work, at_once, slots, columns):
+                self._is_refused = True
+                self.clear()
+                return decode_step(model, work, sampler, running, used).tolist()
+            self._graphs[key] = self._capture(model, work, at_once, slots, columns)
         self._graphs[key].replay()
         return work.state[0, :running].tolist()
 
     def _capture(
         self, model: nn.Module, work: Workspace, sampler: Sampler, slots: int, columns: int
     ) -> torch.cuda.CUDAGraph:
-        if self._pool is None or self._is_compiled:
-            self._warm_up(model, work, sampler, slots, columns)
         graph = torch.cuda.CUDAGraph()
         # Weights cast by autocast and cached before the capture would be gone at the replay.
         cache_enabled = torch.is_autocast_cache_enabled()
@@ -75,16 +92,45 @@ class DecodeGraphs:
         self._pool = graph.pool()
         return graph
 
-    def _warm_up(self, model: nn.Module, work: Workspace, sampler: Sampler, slots: int, columns: int) -> None:
-        """Libraries choose kernels and workspaces on a first call; the state it advances is put back."""
-        before: Tensor = work.state.clone()
+    def _rehearse(self, model: nn.Module, work: Workspace, sampler: Sampler, slots: int, columns: int) -> bool:
+        """Whether the step can be captured; a warning where it cannot. The state that it advances is put back."""
+        before = work.state.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step(model, work, sampler, slots, columns)
-                work.state.copy_(before)
-        torch.cuda.current_stream().wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(1 + self._is_compiled):  # what is compiled, chosen or loaded on first calls may wait
+                    self._step(model, work, sampler, slots, columns)
+                    work.state.copy_(before)
+                try:
+                    with _waiting_is_an_error():
+                        self._step(model, work, sampler, slots, columns)
+                except RuntimeError as error:
+                    if is_out_of_memory(error):
+                        raise
+                    warnings.warn(
+                        f"decoding without CUDA graphs, which this model's forward does not allow: {brief(error)}",
+                        stacklevel=2,
+                    )
+                    return False
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+            work.state.copy_(before)
+            work.attention.forget()
+        return True
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    """Within: the host may not wait for the device. (Inside a capture it would be an error that ends the process.)"""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it does not find all that wait
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _addresses(model: nn.Module) -> Hashable:

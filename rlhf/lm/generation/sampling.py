@@ -34,13 +34,16 @@ def draw_uniforms(seeds: Tensor, count: int) -> Tensor:
     return uniforms
 
 
-def choose(logits: Tensor, uniforms: Tensor | None, *, temperature: float, truncation: Truncation) -> Choice:
+def choose(
+    logits: Tensor, uniforms: Tensor | None, *, temperature: float, truncation: Truncation, may_wait: bool = True
+) -> Choice:
     """One token per row.
 
     Args:
         logits: [n, V] float.
         uniforms: [n] float64 in [0, 1); None takes the most likely token.
         temperature: > 0. truncation: see `Truncation`.
+        may_wait: the host may wait for the device to look at numbers, which saves work.
     """
     logits = widen(logits)
     probs = (logits if temperature == 1 else logits / temperature).softmax(-1)
@@ -48,7 +51,7 @@ def choose(logits: Tensor, uniforms: Tensor | None, *, temperature: float, trunc
         tokens = logits.argmax(-1) if uniforms is None else invert(probs, uniforms)
         log_probs = probs.gather(-1, tokens[:, None]).log().squeeze(-1).float()
         return Choice(tokens, log_probs, log_probs)
-    kept = probs.masked_fill(probs < lowest_kept(probs, truncation), 0.0)
+    kept = probs.masked_fill(probs < lowest_kept(probs, truncation, may_wait=may_wait), 0.0)
     tokens = logits.argmax(-1) if uniforms is None else invert(kept, uniforms)
     chosen = probs.gather(-1, tokens[:, None])
     truncated = chosen / kept.sum(-1, keepdim=True)
@@ -81,7 +84,7 @@ def _first_above(cumulative: Tensor, targets: Tensor, *, relative: bool) -> Tens
     return torch.searchsorted(cumulative, torch.minimum(targets, below), right=True)
 
 
-def lowest_kept(probs: Tensor, truncation: Truncation) -> Tensor:
+def lowest_kept(probs: Tensor, truncation: Truncation, *, may_wait: bool = True) -> Tensor:
     """[n, 1] the least probability that truncation keeps; probs: [n, V]."""
     lowest = truncation.min_p * probs.amax(-1, keepdim=True)
     if 0 < truncation.top_k < probs.shape[-1]:
@@ -89,18 +92,17 @@ def lowest_kept(probs: Tensor, truncation: Truncation) -> Tensor:
         lowest = torch.maximum(lowest, last)
         probs = torch.where(probs >= last, probs, 0.0)
     if truncation.top_p < 1:
-        lowest = torch.maximum(lowest, _last_of_mass(probs, truncation.top_p))
+        lowest = torch.maximum(lowest, _last_of_mass(probs, truncation.top_p, may_wait=may_wait))
     return lowest
 
 
-def _last_of_mass(weights: Tensor, share: float) -> Tensor:
+def _last_of_mass(weights: Tensor, share: float, *, may_wait: bool) -> Tensor:
     """[n, 1] the least of the fewest largest weights that make up this share of the total."""
     needed = share * weights.sum(-1, keepdim=True, dtype=torch.float64)
-    capturing = weights.is_cuda and torch.cuda.is_current_stream_capturing()  # a graph cannot look at the numbers
-    for count in (CANDIDATES, weights.shape[-1])[capturing:]:
+    for count in (CANDIDATES, weights.shape[-1]) if may_wait else (weights.shape[-1],):
         ranked = weights.topk(min(count, weights.shape[-1]), dim=-1).values
         cumulative = ranked.cumsum(-1, dtype=torch.float64)
-        if capturing or bool((cumulative[:, -1:] >= needed).all()):
+        if may_wait and bool((cumulative[:, -1:] >= needed).all()):
             break
     last = (cumulative < needed).sum(-1, keepdim=True).clamp(max=ranked.shape[-1] - 1)
     return ranked.gather(-1, last)

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.checks import InputError
-from rlhf.lm.generation.attention import LayerShape, attending, probe
+from rlhf.lm.generation.attention import LayerShape, attending, has_layers_of_8_bits, probe
+from rlhf.lm.generation.casts import CAST_SHARE, CastWeights, cast_bytes, casts_change_nothing
 from rlhf.lm.generation.decoding import Sampler, Workspace, decode_step
 from rlhf.lm.generation.graphs import DecodeGraphs
 from rlhf.lm.generation.memory import free_bytes, is_out_of_memory, plan_slots
@@ -24,6 +25,7 @@ from rlhf.lm.generation.sampling import draw_uniforms
 from rlhf.lm.generation.schedule import Admission, Requests, Schedule
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}  # in one forward, padding included
+GRAPHS_ON = "cuda"
 
 
 class SlotEngine:
@@ -36,7 +38,8 @@ class SlotEngine:
         pad_token_id: fills finished rows.
         max_slots: sequences decoded at once, at most; fewer where memory is short. Changes no completion.
         autocast: makes the context of a forward (mixed precision as in training); none by default.
-        use_graphs: on CUDA, run each decoding step as one CUDA graph.
+        use_graphs: on CUDA, run each decoding step as one CUDA graph, where the model's forward allows it:
+            bitsandbytes' layers of 8 bits, among others, wait for the device.
         compile_step: on CUDA, compile the step before capturing it: tens of seconds that long runs earn back.
         keep_cache: hold the cache, and the graphs that point into it, between calls. None: on CUDA, while half of the
             device's memory is free beside it.
@@ -63,13 +66,13 @@ class SlotEngine:
         self.autocast = autocast
         self.keep_cache = keep_cache
         self.slots = 0  # of the last call
-        self._use_graphs = use_graphs
-        self._compile_step = compile_step
         self._shapes: dict[Any, list[LayerShape]] = {}
+        self._casts, self._may_cast = CastWeights(), dict[Any, bool]()
         self._workspace: Workspace | None = None
-        self._graphs: DecodeGraphs | None = None
-        with self.autocast():
+        self._graphs = DecodeGraphs(compile_step) if use_graphs and not has_layers_of_8_bits(model) else None
+        with self.autocast():  # tried now: later the model's layers may be wrapped
             self._layer_shapes(model.device)
+            self._cast_once(model.device)
 
     def generate(
         self,
@@ -92,7 +95,7 @@ class SlotEngine:
         sampler = Sampler(uniforms, temperature, truncation)
         device = prompt_ids.device
         # inference_mode: no version counters and no views' bookkeeping, a fifth of a small model's forward
-        with torch.inference_mode(), self.autocast():
+        with torch.inference_mode(), self.autocast(), self._cast_once(device):
             shapes = self._layer_shapes(device)
             slots = plan_slots(
                 shapes,
@@ -114,12 +117,18 @@ class SlotEngine:
         return completions
 
     def release(self) -> None:
-        """Free the cache, and the graphs that point into it."""
-        self._workspace = self._graphs = None
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        """Free the cache, the graphs that point into it, and cast weights."""
+        self._casts.clear()
+        self._free_cache()
 
     # -- memory -----------------------------------------------------------------------------------------------------
+
+    def _free_cache(self) -> None:
+        if self._graphs is not None:
+            self._graphs.clear()
+        self._workspace = None
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def _attempt(
         self, slots: int, requests: Requests, sampler: Sampler, shapes: list[LayerShape], device: torch.device
@@ -128,13 +137,14 @@ class SlotEngine:
         workspace = self._take_workspace(slots, requests, shapes, device)
         if workspace is None:
             return None
-        run = _Run(self.model, workspace, self._graphs, requests, sampler, self.eos_token_ids)
+        graphs = self._graphs if device.type == GRAPHS_ON else None
+        run = _Run(self.model, workspace, graphs, requests, sampler, self.eos_token_ids)
         return run if run.attempt() else None
 
     def _fewer(self, slots: int, columns: int) -> int:
         """Half of the slots that were too many; their cache is let go."""
         had = slots if self._workspace is None else self._workspace.slots
-        self.release()
+        self._free_cache()
         if had == 1:
             raise InputError(
                 f"out of memory while generating one sequence of {columns} tokens: shorten the prompts or pass a "
@@ -159,24 +169,35 @@ class SlotEngine:
         if device.type != "cuda":  # grows as sequences do
             columns = min(columns, max(map(len, requests.prompts)) + 32)
         if self._workspace is None or not self._workspace.fits(slots, columns, results, shapes):
-            self.release()
+            self._free_cache()
             try:
                 self._workspace = Workspace(slots, columns, results, shapes, device)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 return None
-            if device.type == "cuda" and self._use_graphs:
-                self._graphs = DecodeGraphs(self._compile_step)
         return self._workspace
+
+    def _cast_once(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within: what autocast would cast for every token has been, where that changes nothing and there is room."""
+        if not torch.is_autocast_enabled(device.type):
+            return nullcontext()
+        dtype = torch.get_autocast_dtype(device.type)
+        if (dtype, device) not in self._may_cast:
+            self._may_cast[dtype, device] = casts_change_nothing(self.model, dtype, self._any_tokens(device))
+        room = CAST_SHARE * (free_bytes(device) + self._casts.held_bytes)
+        is_useful = self._may_cast[dtype, device] and cast_bytes(self.model, dtype) <= room
+        return self._casts.in_place(self.model, dtype) if is_useful else nullcontext()
 
     def _layer_shapes(self, device: torch.device) -> list[LayerShape]:
         """Found by running a few tokens, any, once for each precision."""
         key = (self.model.dtype, torch.is_autocast_enabled(device.type), device)
         if key not in self._shapes:
-            ids = torch.arange(8, device=device) % self._vocabulary
-            self._shapes[key] = probe(self.model, ids[None])
+            self._shapes[key] = probe(self.model, self._any_tokens(device))
         return self._shapes[key]
+
+    def _any_tokens(self, device: torch.device) -> Tensor:
+        return (torch.arange(8, device=device) % self._vocabulary)[None]
 
     @property
     def _vocabulary(self) -> int:
