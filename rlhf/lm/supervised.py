@@ -130,7 +130,8 @@ class SupervisedTrainer(Generic[R]):
         train, held_out: rows.
         units: how many units (tokens, pairs) a row counts for in the means.
         objective: sums over the units of some rows.
-        make_model: builds the model; called once all checks have passed.
+        make_model: builds the model; called once all checks have passed but those of the model.
+        check_model: called with the model on its device, before anything is written; raises what is wrong with it.
         describe: sums, units -> metrics.
         trained_head: names under which a model may have a head that is trained beside adapters.
         panels, columns: what is drawn, what the terminal shows.
@@ -153,6 +154,7 @@ class SupervisedTrainer(Generic[R]):
         columns: Sequence[str],
         trained_head: tuple[str, ...] = (),
         describe: Callable[[dict[str, Tensor], int], dict[str, float]] = per_unit,
+        check_model: Callable[[PreTrainedModel], None] = lambda model: None,
         accelerator: Accelerator | None = None,
     ) -> None:
         run = config.run
@@ -183,6 +185,8 @@ class SupervisedTrainer(Generic[R]):
         set_seed(run.seed)
         self.model = placed(make_model(), accelerator.device).eval()
         self._check_lengths()
+        with accelerator.autocast():
+            check_model(self.model)
         if accelerator.num_processes > 1:
             broadcast([tensor.data for tensor in (*self.model.parameters(), *self.model.buffers())])
         if config.adapter.lora_rank:
