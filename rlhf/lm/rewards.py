@@ -281,6 +281,6 @@ def on_trunk(functions: Sequence[RewardFunction]) -> list[RewardOnTrunk]:
 
 
 def whole_models(functions: Sequence[RewardFunction]) -> list[PreTrainedModel]:
-    """The models of the others among them, with a trunk of their own."""
+    """The models of the others among them, with a trunk of their own, each once."""
     found = [function.model for function in functions if isinstance(function, RewardModel)]
-    return [model for model in found if isinstance(model, PreTrainedModel)]
+    return list({id(model): model for model in found if isinstance(model, PreTrainedModel)}.values())
