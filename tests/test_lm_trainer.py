@@ -534,7 +534,7 @@ def test_rewards_are_the_scores_normalised_and_less_the_penalty(tmp_path: Path) 
     [
         ({"source": {"critic_from": "./nowhere"}}, "no critic could be made from './nowhere'"),
         ({"source": {"critic_from": "HEAD"}}, "a value head alone"),
-        ({"source": {"critic_from": "TRUNK"}, "algorithm": {"critic": "shared"}}, "a whole model"),
+        ({"source": {"critic_from": "TRUNK"}, "algorithm": {"critic": "shared"}}, "no value head alone"),
     ],
 )
 def test_a_critic_that_does_not_fit_is_one_error(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

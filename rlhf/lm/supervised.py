@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from rlhf.checks import InputError, check_choice, check_range
 from rlhf.lm.attention import positions
 from rlhf.lm.checks import MAY_CHANGE, check_launch
-from rlhf.lm.config import AdapterConfig, LRSchedule, RunConfig
+from rlhf.lm.config import AdapterConfig, FitRunConfig, LRSchedule
 from rlhf.lm.data import DataConfig
 from rlhf.lm.hub import check_hub, push
 from rlhf.lm.lora import add_adapter, load_trained_state, merged, save_adapter, train_head, trained_state
@@ -97,7 +97,7 @@ class SupervisedConfig:
     source: DataConfig = field(default_factory=DataConfig)
     optimization: FitConfig = field(default_factory=FitConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    run: FitRunConfig = field(default_factory=FitRunConfig)
 
     def __post_init__(self) -> None:
         self.adapter.check_trunk()
