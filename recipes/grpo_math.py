@@ -58,6 +58,8 @@ PRETRAINED = TrainerConfig(
 
 def main(config: TrainerConfig) -> None:
     source = config.source
+    if source.model is None:
+        config.adapter.check_made()
     tokenizer = build_tokenizer() if source.model is None else load_tokenizer(source.model)
     task = load_task(source, tokenizer)
 

@@ -16,6 +16,7 @@ import tyro
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from rlhf.algorithm import CriticKind
 from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, TrainerConfig, with_preset
 from rlhf.lm.embedded import build_taught_model, build_tokenizer
 from rlhf.lm.models import load_actor, load_tokenizer
@@ -60,6 +61,8 @@ PRETRAINED = TrainerConfig(
 
 def main(config: TrainerConfig) -> None:
     source = config.source
+    if source.model is None:
+        config.adapter.check_made()
     tokenizer = build_tokenizer() if source.model is None else load_tokenizer(source.model)
     task = load_task(source, tokenizer)
 
@@ -79,6 +82,8 @@ class Choice:
     """Folder or hub id of a pretrained model; None: a small one is made and taught on the spot."""
     preset: PresetName | None = None
     """An algorithm by name; None: PPO."""
+    critic: CriticKind | None = None
+    """separate, shared or none; None: the algorithm's."""
 
 
 def parse(args: list[str]) -> TrainerConfig:
@@ -88,7 +93,11 @@ def parse(args: list[str]) -> TrainerConfig:
     if choice.preset is not None:
         run = replace(defaults.run, run_dir=Path(f"runs/{choice.preset}_math"))
         defaults = replace(with_preset(defaults, choice.preset), run=run)
-    return tyro.cli(tyro.conf.OmitArgPrefixes[TrainerConfig], args=rest, default=defaults, description=__doc__)
+    if choice.critic == "none":
+        defaults = replace(defaults, optimization=replace(defaults.optimization, critic_learning_rate=None))
+    rest = rest if choice.critic is None else [*rest, "--critic", choice.critic]
+    described = f"{__doc__}\n--preset NAME chooses the algorithm, one of: {', '.join(PRESETS)}."
+    return tyro.cli(tyro.conf.OmitArgPrefixes[TrainerConfig], args=rest, default=defaults, description=described)
 
 
 if __name__ == "__main__":

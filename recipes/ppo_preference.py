@@ -15,10 +15,10 @@ import tyro
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from rlhf.algorithm import AlgorithmConfig
+from rlhf.algorithm import AlgorithmConfig, CriticKind
 from rlhf.checks import InputError
 from rlhf.lm import embedded_preferences as embedded
-from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, SourceConfig, TrainerConfig
+from rlhf.lm.config import OptimizationConfig, RunConfig, SamplingConfig, SourceConfig, TrainerConfig, check_used
 from rlhf.lm.data import load_prompt_task
 from rlhf.lm.models import load_actor, load_reward_model, load_tokenizer
 from rlhf.lm.rewards import RewardModel
@@ -79,7 +79,7 @@ def main(config: TrainerConfig) -> None:
     used = {"task", "model", "reward_model", "critic_from", "drop_long_prompts"}
     if source.data is not None:
         used |= {"data", "data_name", "train_split", "test_split", "plain_prompts"}
-    source.check_used(used, by="this recipe" if source.data else "this recipe without --data")
+    check_used(source, used, by="this recipe" if source.data else "this recipe without --data")
     if source.task != SOURCE.task:
         raise InputError(f"--task {source.task!r} does nothing in this recipe: leave it out")
     for path, recipe in ((SFT, "sft"), (REWARD_MODEL, "reward_model")):
@@ -116,15 +116,21 @@ class Choice:
     data: str | None = None
     """A .jsonl, .json or .parquet file, a folder of them, or a hub id; None: made up on the spot."""
     reward_model: str = REWARD_MODEL
-    """The critic starts from it too, unless it is an adapter."""
+    """A separate critic starts from it too, unless it is an adapter."""
+    critic: CriticKind = "separate"
+    """separate, shared or none."""
 
 
 def parse(args: list[str]) -> TrainerConfig:
     choice, rest = tyro.cli(Choice, args=args, return_unknown_args=True, add_help=False)
     defaults = EMBEDDED if choice.data is None else PRETRAINED
-    critic_from = None if is_adapter(choice.reward_model) else choice.reward_model
+    starts_from_it = choice.critic == "separate" and not is_adapter(choice.reward_model)
+    critic_from = choice.reward_model if starts_from_it else None
     source = replace(SOURCE, data=choice.data, reward_model=choice.reward_model, critic_from=critic_from)
     defaults = replace(defaults, source=source)
+    if choice.critic == "none":
+        defaults = replace(defaults, optimization=replace(defaults.optimization, critic_learning_rate=None))
+    rest = [*rest, "--critic", choice.critic]
     return tyro.cli(tyro.conf.OmitArgPrefixes[TrainerConfig], args=rest, default=defaults, description=__doc__)
 
 

@@ -15,7 +15,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rlhf.checks import InputError
 from rlhf.lm import embedded_preferences as embedded
-from rlhf.lm.config import RunConfig
+from rlhf.lm.config import FitRunConfig, check_used
 from rlhf.lm.data import DataConfig, load_pairs, load_splits
 from rlhf.lm.models import load_actor, load_tokenizer, new_reward_model
 from rlhf.lm.reward_modeling import PairFitConfig, RewardModelingConfig, plot_reliability, reward_model_trainer
@@ -27,7 +27,7 @@ SFT = "runs/sft/final"  # where recipes/sft.py leaves its model
 EMBEDDED = RewardModelingConfig(
     source=DataConfig(model=SFT),
     optimization=PairFitConfig(epochs=2, batch_size=64, micro_batch_size=64, learning_rate=1e-3),
-    run=RunConfig(run_dir=Path("runs/reward_model"), eval_every=25, eval_prompts=1200),
+    run=FitRunConfig(run_dir=Path("runs/reward_model"), eval_every=25, eval_prompts=1200),
 )
 PAIRS = 5000  # asked for; those of equal taste fall away
 
@@ -35,12 +35,14 @@ PAIRS = 5000  # asked for; those of equal taste fall away
 PRETRAINED = RewardModelingConfig(
     source=DataConfig(model=SFT),
     optimization=PairFitConfig(epochs=1, batch_size=64, micro_batch_size=8, learning_rate=1e-5),
-    run=RunConfig(run_dir=Path("runs/reward_model"), eval_every=50, eval_prompts=512),
+    run=FitRunConfig(run_dir=Path("runs/reward_model"), eval_every=50, eval_prompts=512),
 )
 
 
 def main(config: RewardModelingConfig) -> None:
     source, seed = config.source, config.run.seed
+    if source.data is None:
+        check_used(source, {"model", "max_tokens"}, by="this recipe without --data")
     if source.model == SFT and not Path(SFT).exists():
         raise InputError(f"{SFT} is not there: run recipes/sft.py first, or pass --model <folder or hub id>")
     assert source.model is not None

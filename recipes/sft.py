@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rlhf.checks import InputError
 from rlhf.lm import embedded_preferences as embedded
-from rlhf.lm.config import RunConfig
+from rlhf.lm.config import FitRunConfig, check_used
 from rlhf.lm.data import load_demonstrations, load_splits
 from rlhf.lm.models import load_actor, load_tokenizer
 from rlhf.lm.sft import SFTConfig, SFTFitConfig, sft_trainer
@@ -26,14 +26,14 @@ from rlhf.run import reporting_errors
 # Without --model: 136 thousand parameters, sentences about rivers and towns.
 EMBEDDED = SFTConfig(
     optimization=SFTFitConfig(epochs=2, batch_size=64, micro_batch_size=64, learning_rate=2e-3),
-    run=RunConfig(run_dir=Path("runs/sft"), eval_every=50, checkpoint_every=100),
+    run=FitRunConfig(run_dir=Path("runs/sft"), eval_every=50, checkpoint_every=100),
 )
 DEMONSTRATIONS = 12_800
 
 # With --model.
 PRETRAINED = SFTConfig(
     optimization=SFTFitConfig(epochs=1, batch_size=64, micro_batch_size=8, learning_rate=1e-5),
-    run=RunConfig(run_dir=Path("runs/sft"), eval_every=50),
+    run=FitRunConfig(run_dir=Path("runs/sft"), eval_every=50),
 )
 
 
@@ -42,6 +42,8 @@ def main(config: SFTConfig) -> None:
     if (source.model is None) != (source.data is None):
         raise InputError("--model and --data belong together: without both, a small model learns made-up sentences")
     if source.model is None:
+        config.adapter.check_made()
+        check_used(source, {"max_tokens"}, by="this recipe without --data")
         tokenizer: PreTrainedTokenizerBase = embedded.build_tokenizer()
         train, held_out = embedded.prompts()
         splits = (

@@ -7,12 +7,21 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, encode, exact_norms, sequences_of, tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel, Qwen2MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    MambaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    RecurrentGemmaConfig,
+)
 
+from rlhf.checks import InputError
 from rlhf.lm import logprobs, shared_prompts
 from rlhf.lm.batching import LayoutKind, Prompts, deal, lay_out, micro_batches, shared_tokens
 from rlhf.lm.experience import Sequences
-from rlhf.lm.logprobs import action_states, can_share_prompts, layout_for, policy_output, trunk_of
+from rlhf.lm.logprobs import action_states, can_pack, can_share_prompts, layout_for, policy_output, trunk_of
 
 PROMPTS = ["1+2=", "12345+678=", "9", "77+8="]
 COMPLETIONS = ["3", "12", "4567", "="]
@@ -259,6 +268,64 @@ def test_a_trunk_that_sees_more_than_the_past_keeps_its_mask(monkeypatch: pytest
     monkeypatch.setattr(trunk, "forward", leaking)
     assert [kind for kind in KINDS if logprobs._keeps_states(trunk, kind)] == ["given"]
     assert layout_for(trunk) == "given"
+
+
+def random_trunk(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return trunk_of(AutoModelForCausalLM.from_config(config).eval())
+
+
+def recurrent_gemma() -> PreTrainedModel:
+    """Its recurrent state reads padding, whatever the mask says; its logits are capped in a way of its own."""
+    config = RecurrentGemmaConfig(
+        vocab_size=15, hidden_size=32, lru_width=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, attention_window_size=8, w_init_variance_scale=1.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_a_state_that_reads_padding_is_not_given_any_before_a_sequence() -> None:
+    """The states of each sequence alone are what is right, not those of a batch with its mask."""
+    trunk, batch = trunk_of(recurrent_gemma()), sequences_of(PROMPTS, COMPLETIONS)
+    assert [kind for kind in KINDS if logprobs._keeps_states(trunk, kind)] == ["padded"]
+    rows = []
+    for prompt, completion in zip(*map(encode, (PROMPTS, COMPLETIONS)), strict=True):
+        rows.append(
+            trunk(torch.tensor([prompt + completion]), use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+        )
+    torch.testing.assert_close(action_states(trunk, *args_of(batch)), torch.cat(rows), rtol=0, atol=1e-4)
+
+
+def test_a_model_that_no_layout_suits_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose own logits need a left-padded batch, which its state reads; and one that mixes the rows of a batch."""
+    batch = args_of(sequences_of(PROMPTS, COMPLETIONS))
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"RecurrentGemmaForCausalLM is not supported.* the padding before it"):
+            policy_output(recurrent_gemma(), *batch, temperature=1.0)
+    model = tiny_model()
+    trunk, forward = model.model, model.model.forward
+
+    def mixing(**inputs: Tensor) -> object:
+        output = forward(**inputs)
+        output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.mean(0)
+        return output
+
+    monkeypatch.setattr(trunk, "forward", mixing)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"LlamaModel is not supported.*sequences beside it in a batch"):
+            policy_output(model, *batch, temperature=1.0)
+
+
+def test_a_model_that_knows_no_positions_is_not_packed() -> None:
+    """Models that learn their distances otherwise than by position_ids, and states that run on, mix packed rows."""
+    bloom = BloomConfig(vocab_size=15, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.4)
+    mamba = MambaConfig(vocab_size=15, hidden_size=32, num_hidden_layers=2)
+    for config in (bloom, mamba):
+        trunk = random_trunk(config)
+        assert not can_pack(trunk), config
+        assert layout_for(trunk) == "padded", config
+    assert can_pack(trunk_of(tiny_model()))
 
 
 def test_positions_that_run_on_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,15 @@ from rlhf.checks import InputError
 from rlhf.conventions import CONVENTIONS
 from rlhf.lm import config as config_module
 from rlhf.lm.config import (
+    VALUE_HEAD,
     AdapterConfig,
+    FitRunConfig,
     OptimizationConfig,
     RunConfig,
     SamplingConfig,
     SourceConfig,
     TrainerConfig,
+    with_preset,
 )
 from rlhf.lm.rollout import prompt_indices
 
@@ -34,6 +37,7 @@ CLASSES = [
     AlgorithmConfig,
     OptimizationConfig,
     AdapterConfig,
+    FitRunConfig,
     RunConfig,
     TrainerConfig,
 ]
@@ -143,7 +147,7 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "dtype": (["float32", "bfloat16"], ["float8"]),
         "load_in": ([None, "8bit", "4bit"], ["2bit"]),
     },
-    RunConfig: {
+    FitRunConfig: {
         "run_dir": ([Path("a")], []),
         "seed": NON_NEGATIVE_COUNT,
         "resume": FREE,
@@ -151,11 +155,11 @@ RANGES: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "eval_prompts": COUNT,
         "checkpoint_every": NON_NEGATIVE_COUNT,
         "keep_checkpoints": COUNT,
-        "samples_per_log": NON_NEGATIVE_COUNT,
         "log_with": ([None, "tensorboard"], []),
         "push_to_hub": ([None, "owner/name"], []),
     },
 }
+RANGES[RunConfig] = RANGES[FitRunConfig] | {"samples_per_log": NON_NEGATIVE_COUNT}
 
 
 def cases(refused: bool) -> list[Any]:
@@ -223,6 +227,22 @@ def algorithm(**changes: Any) -> TrainerConfig:
             "samples_per_prompt must be at least 2",
         ),
         (lambda: algorithm(kl_target=1.0, kl_reward_coef=0.1, kl_horizon=127), r"kl_horizon must be in \[128"),
+        (
+            lambda: TrainerConfig(
+                algorithm=AlgorithmConfig(critic="none"), optimization=OptimizationConfig(critic_learning_rate=1e-3)
+            ),
+            "critic_learning_rate = 0.001, but critic='none'",
+        ),
+        (
+            lambda: TrainerConfig(source=SourceConfig(critic_from="m"), algorithm=AlgorithmConfig(critic="shared")),
+            "critic='shared' cannot start from 'm'.*no value head alone.*--critic-from None, or --critic separate",
+        ),
+        (
+            lambda: SourceConfig(verifier_workers=0, verifier_strict=True),
+            "--verifier-strict True does nothing in a run with --verifier-workers 0",
+        ),
+        (lambda: SourceConfig(verifier_workers=0, verifier_timeout=1.0), "--verifier-timeout 1.0 does nothing"),
+        (lambda: SourceConfig(verifier_workers=0, verifier_memory_mb=9), "--verifier-memory-mb 9 does nothing"),
     ],
 )
 def test_fields_that_do_not_fit_together(build: Any, problem: str) -> None:
@@ -234,6 +254,24 @@ def test_fields_that_do_fit_together() -> None:
     algorithm(advantage="group", critic="none")
     algorithm(kl_target=1.0, kl_reward_coef=0.1, kl_horizon=128)
     OptimizationConfig(prompts_per_step=4, samples_per_prompt=3, minibatches=4)
+
+
+def test_a_critic_starts_from_what_is_of_its_kind(tmp_path: Path) -> None:
+    def build(critic: str) -> TrainerConfig:
+        source = SourceConfig(critic_from=str(tmp_path))
+        return TrainerConfig(source=source, algorithm=AlgorithmConfig(critic=critic))
+
+    build("separate")
+    (tmp_path / VALUE_HEAD).touch()
+    build("shared")
+    with pytest.raises(InputError, match=r"holds a value head alone.*--critic-from None, or --critic shared"):
+        build("separate")
+
+
+def test_a_preset_without_a_critic_has_no_learning_rate_for_one() -> None:
+    config = TrainerConfig(optimization=OptimizationConfig(critic_learning_rate=1e-3))
+    assert with_preset(config, "grpo").optimization.critic_learning_rate is None
+    assert with_preset(config, "ppo").optimization.critic_learning_rate == 1e-3
 
 
 def test_what_follows_from_the_fields() -> None:

@@ -72,6 +72,28 @@ def test_splits_saved_by_datasets_and_splits_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("names", "train_split", "sizes"),
+    [
+        (("train", "test"), "test", (16, 4)),  # none is left: rows of its own
+        (("train", "test", "validation"), "test", (20, 1)),
+        (("train", "validation"), "validation", (16, 4)),
+        (("test", "validation"), "validation", (20, 1)),
+    ],
+)
+def test_a_split_that_is_trained_on_is_not_held_out(
+    names: tuple[str, ...], train_split: str, sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    """The split that is trained on has 20 rows, the others one."""
+    for name in names:
+        write(tmp_path / f"{name}.jsonl", ROWS if name == train_split else [{"prompt": "1", "completion": "2"}])
+    train, held_out = load_splits(DataConfig(data=str(tmp_path), train_split=train_split))
+    assert (len(train), len(held_out)) == sizes
+    assert not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    with pytest.raises(InputError, match=f"train_split and test_split are both '{train_split}'.*another --test-split"):
+        DataConfig(data=str(tmp_path), train_split=train_split, test_split=train_split)
+
+
+@pytest.mark.parametrize(
     ("path", "message"),
     [
         ("./nowhere.jsonl", "does not exist"),

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
 from rlhf.lm import memory_plan
-from rlhf.lm.config import AdapterConfig, OptimizationConfig, SamplingConfig, TrainerConfig
+from rlhf.lm.config import AdapterConfig, OptimizationConfig, SamplingConfig, SourceConfig, TrainerConfig
 from rlhf.lm.generation import SlotEngine
 from rlhf.lm.layers import wrap_layers
 from rlhf.lm.logprobs import action_states, trunk_of
@@ -258,6 +258,13 @@ def test_what_may_not_fit_is_told_with_options_that_save_what_is_said() -> None:
     assert "--micro-batch-tokens" in text
     saved = [float(x) for x in re.findall(r"saves ([\d.]+) MiB", text)]
     assert saved == sorted(saved, reverse=True)
+
+
+def test_a_shared_critic_is_no_advice_where_the_critic_starts_from_a_model_of_its_own() -> None:
+    config = dataclasses.replace(config_of(critic="separate", kl=0.1), source=SourceConfig(critic_from="m"))
+    with pytest.warns(UserWarning, match="--gradient-checkpointing") as caught:
+        check(config, free=0, total=10**9)
+    assert "--critic shared" not in str(caught[0].message)
 
 
 def test_an_option_that_a_model_does_not_know_is_no_advice(monkeypatch: pytest.MonkeyPatch) -> None:

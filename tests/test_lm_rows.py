@@ -3,12 +3,16 @@
 from typing import Any
 
 import pytest
-from tiny import encode
-from transformers import PreTrainedTokenizerFast
+import torch
+from tiny import encode, tiny_config
+from tokenizers import processors
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from rlhf.checks import InputError
 from rlhf.lm.embedded import build_tokenizer
+from rlhf.lm.rewards import RewardModel
 from rlhf.lm.rows import Demonstration, Pair, Unusable, demonstration, is_rendered, pair, prompt_text, split_dialogues
+from rlhf.lm.tasks import tokenize_prompts
 
 CHAT = (
     "{% for m in messages %}{{ '?' if m['role'] == 'user' else '=' }}{{ m['content'] }}"
@@ -27,6 +31,18 @@ def plain() -> PreTrainedTokenizerFast:
 def chat() -> PreTrainedTokenizerFast:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+@pytest.fixture
+def with_bos() -> PreTrainedTokenizerFast:
+    """As Llama 3's: the template writes the first token, and the tokenizer adds it to every text. Here it is "?"."""
+    tokenizer = build_tokenizer()
+    tokenizer.bos_token = "?"
+    tokenizer.chat_template = "{{ bos_token }}" + CHAT.replace("'?'", "'+'")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="? $A", special_tokens=[("?", tokenizer.bos_token_id)]
+    )
     return tokenizer
 
 
@@ -157,6 +173,41 @@ def test_a_pair_is_what_the_reward_model_scores_later(chat: PreTrainedTokenizerF
 
 
 @pytest.mark.parametrize(
+    ("row", "prompt", "text"),
+    [
+        ({"prompt": [user("1")], "chosen": [assistant("2")], "rejected": [assistant("3")]}, "?+1=", "?+1=2"),
+        ({"prompt": "1=", "chosen": "2", "rejected": "3"}, "1=", "?1=2"),
+        ({"prompt": "?1=", "chosen": "2", "rejected": "3"}, "?1=", "?1=2"),
+    ],
+    ids=["written by the template", "added by the tokenizer", "written in the row"],
+)
+def test_a_first_token_that_tokenizers_add_is_there_once(
+    row: dict[str, Any], prompt: str, text: str, with_bos: PreTrainedTokenizerFast
+) -> None:
+    """In what the reward model learns, in what it scores later, in what the actor reads and was fine-tuned on."""
+    assert prompt_text(row, with_bos) == prompt
+    assert pair(row, with_bos).chosen_ids == ids(text)
+    scored: list[list[int]] = []
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(tiny_config(num_labels=1))
+    model.register_forward_pre_hook(
+        lambda _, args, inputs: scored.append(inputs["input_ids"][0].tolist()), with_kwargs=True
+    )
+    RewardModel(model, with_bos)([prompt], ["2"])
+    assert scored == [ids(text)]
+    asked = text.removesuffix("2")
+    assert demonstration(row, with_bos).prompt_ids == ids(asked)
+    rendered = is_rendered(row, with_bos)
+    _, read = tokenize_prompts([{"prompt": prompt}], with_bos, max_prompt_tokens=9, add_special_tokens=not rendered)
+    assert read == [ids(asked)]
+
+
+def test_a_whole_text_with_its_first_token_written_has_it_once(with_bos: PreTrainedTokenizerFast) -> None:
+    for text in ("?12", "12"):
+        assert shown(demonstration({"text": text}, with_bos)) == (ids("?"), ids("12$"), ids("12$"))
+
+
+@pytest.mark.parametrize(
     "row",
     [
         {"prompt": "1", "chosen": "2", "rejected": "2"},
@@ -175,6 +226,15 @@ def test_prompts_of_every_form(chat: PreTrainedTokenizerFast) -> None:
     assert prompt_text({"prompt": "1+", "completion": "2"}, chat) == "1+"
     assert prompt_text({"messages": [user("1"), assistant("2")]}, chat) == "?1="
     assert prompt_text({"messages": [user("1")]}, chat) == "?1="
+
+
+@pytest.mark.parametrize("more", [[], [user("2")]])
+def test_a_dialogue_that_the_assistant_opens_asks_nothing(
+    more: list[dict[str, str]], chat: PreTrainedTokenizerFast
+) -> None:
+    for read in (demonstration, prompt_text):
+        with pytest.raises(Unusable, match="without an assistant's turn that answers something"):
+            read({"messages": [assistant("1"), *more]}, chat)
 
 
 def test_a_prompt_is_rendered_where_its_text_is_not_the_rows(

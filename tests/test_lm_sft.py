@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import ARCHITECTURES, encode, tiny_model, tokenizer
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, OPTConfig, PreTrainedModel
 
 from rlhf.checks import InputError
 from rlhf.lm.config import RunConfig
@@ -179,6 +179,35 @@ def test_a_row_longer_than_the_model_is_an_error_before_a_folder_is_made(tmp_pat
     assert not (tmp_path / str(longest - 1)).exists()
     with_positions(longest).train()
     assert (tmp_path / str(longest) / "final").is_dir()
+
+
+UNPACKABLE = {
+    "bloom": BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=2, initializer_range=0.4),
+    "opt": OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=64, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64,
+    ),
+    "mamba": MambaConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNPACKABLE)
+def test_a_model_that_would_mix_packed_rows_is_refused_before_a_folder_is_made(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(UNPACKABLE[name]).eval()
+    packed, plain = packed_objective(model, ROWS), padded_objective(model, ROWS, pad_token_id=PAD)
+    assert abs(float(packed["loss"] - plain["loss"])) > 1e-3, "it does mix them"
+
+    def made(pack: bool) -> SupervisedTrainer:
+        return sft_trainer(
+            config(tmp_path / "run", pack=pack), tokenizer=tokenizer, train=DATA[:24], held_out=DATA[24:],
+            make_model=lambda: model,
+        )  # fmt: skip
+
+    with pytest.raises(InputError, match=f"{type(model).__name__} does not tell rows apart.*leave out --pack"):
+        made(pack=True)
+    assert not (tmp_path / "run").exists()
+    made(pack=False).train_step()
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:

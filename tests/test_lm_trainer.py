@@ -444,6 +444,45 @@ def test_a_reward_model_can_be_the_reward(tmp_path: Path) -> None:
     assert metrics["reward/std"] > 0
 
 
+def test_a_reward_model_that_only_reports_is_where_the_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the task's verifier it is on the device, in the memory plan, and has positions for the longest sequence."""
+    config = tiny_model().config
+    config.num_labels = 1
+    reward = RewardModel(AutoModelForSequenceClassification.from_config(config), build_tokenizer())
+    placed: list[torch.device] = []
+    monkeypatch.setattr(reward.model, "to", placed.append)
+    task = dataclasses.replace(small_task(), verifier=reward, metric="score")
+    trainer = make_trainer(make_config(tmp_path / "run"), task=task)
+    assert placed == [trainer.accelerator.device]
+    assert trainer.memory_plan is not None
+    assert trainer.memory_plan.reward_models >= sum(p.nbytes for p in reward.model.parameters())
+    both = make_trainer(make_config(tmp_path / "both"), task=task, reward_functions=[reward])
+    assert both.memory_plan is not None
+    assert both.memory_plan.reward_models == trainer.memory_plan.reward_models, "counted once"
+    reward.model.config.max_position_embeddings = 5
+    with pytest.raises(InputError, match="the reward model knows 5 positions"):
+        make_trainer(make_config(tmp_path / "third"), task=task)
+
+
+def test_a_model_that_reads_padding_is_refused_before_a_folder_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    forward = model.model.forward
+
+    def mixing(**inputs: Any) -> Any:
+        output = forward(**inputs)
+        output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.mean(0)
+        return output
+
+    monkeypatch.setattr(model.model, "forward", mixing)
+    with pytest.raises(InputError, match="LlamaModel is not supported"):
+        make_trainer(make_config(tmp_path / "run", algorithm={"critic": "shared"}), make_actor=lambda: model)
+    assert not (tmp_path / "run").exists()
+
+
 PREFERENCE = {"normalize_scores": True, "score_clip": 1.5, "missing_eos_penalty": 0.5, "whiten_rewards": True}
 
 
@@ -509,7 +548,7 @@ def test_rewards_are_the_scores_normalised_and_less_the_penalty(tmp_path: Path) 
     [
         ({"source": {"critic_from": "./nowhere"}}, "no critic could be made from './nowhere'"),
         ({"source": {"critic_from": "HEAD"}}, "a value head alone"),
-        ({"source": {"critic_from": "TRUNK"}, "algorithm": {"critic": "shared"}}, "a whole model"),
+        ({"source": {"critic_from": "TRUNK"}, "algorithm": {"critic": "shared"}}, "no value head alone"),
     ],
 )
 def test_a_critic_that_does_not_fit_is_one_error(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

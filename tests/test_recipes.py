@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 from tiny import tiny_model
 
+from rlhf.checks import InputError
+from rlhf.lm.config import AdapterConfig
 from rlhf.lm.embedded import build_tokenizer
 from rlhf.lm.models import load_actor
 from rlhf.lm.tasks import arithmetic
 from rlhf.lm.trainer import Trainer
+from rlhf.presets import PRESETS
 from rlhf.run import read_json_lines
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -155,6 +158,7 @@ def test_a_pretrained_model_trains_on_a_task_of_reasoning_gym(pretrained: Path, 
         (["--task", "gsm8k"], "task 'gsm8k' needs a pretrained model"),
         (["--task", "gsm8k", "--model", "./chat"], "task 'gsm8k' needs --data"),
         (["--task", "gsm8k", "--model", "./chat", "--data", "./nowhere"], "nowhere/train.jsonl does not exist"),
+        (["--lora-rank", "2", "--dtype", "bfloat16"], "--dtype 'bfloat16' does nothing in this recipe without --model"),
         (["--push-to-hub", "owner/name"], "the hub does not know who is asking"),
         (["--model", "./empty"], "no tokenizer could be loaded from './empty'"),
         (["--max-prompt-tokens", "5"], "--max-prompt-tokens 8"),
@@ -177,3 +181,30 @@ def test_bad_input_is_one_error_before_any_work(arguments: list[str], message: s
     assert "Traceback" not in result.stderr
     assert "supervised" not in result.stdout
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_that_is_made_on_the_spot_is_not_told_how_to_load(tmp_path: Path) -> None:
+    module = runpy.run_path(str(RECIPES / "grpo_math.py"))
+    run = dataclasses.replace(module["EMBEDDED"].run, run_dir=tmp_path / "run")
+    adapter = AdapterConfig(lora_rank=2, dtype="bfloat16")
+    with pytest.raises(InputError, match="--dtype 'bfloat16' does nothing in this recipe without --model"):
+        module["main"](dataclasses.replace(module["EMBEDDED"], run=run, adapter=adapter))
+
+
+def test_help_names_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(RECIPES / "ppo_math.py"))["parse"](["--help"])
+    names = capsys.readouterr().out.partition("--preset NAME chooses the algorithm, one of:")[2].partition(".")[0]
+    assert [name.strip() for name in names.split(",")] == list(PRESETS)
+
+
+def test_a_critic_that_is_chosen_goes_with_any_preset() -> None:
+    """The learning rate that the recipe gives a critic is left out where there is none."""
+    parse = runpy.run_path(str(RECIPES / "ppo_math.py"))["parse"]
+    config = parse(["--model", "m", "--critic", "none"])
+    assert (config.algorithm.critic, config.optimization.critic_learning_rate) == ("none", None)
+    config = parse(["--model", "m", "--critic", "shared"])
+    assert (config.algorithm.critic, config.optimization.critic_learning_rate) == ("shared", 5e-6)
+    assert parse(["--model", "m", "--preset", "rloo"]).algorithm.critic == "none"
+    config = parse(["--preset", "grpo", "--critic", "separate", "--advantage", "gae"])
+    assert (config.algorithm.critic, config.algorithm.reduction) == ("separate", "sequence_mean")

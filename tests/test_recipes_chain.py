@@ -161,6 +161,15 @@ def test_the_chain_on_a_model_and_hh_dialogues_of_ones_own(
         ),
         ("ppo_preference", ["--task", "gsm8k", "--model", "./model"], "--task 'gsm8k' does nothing in this recipe"),
         ("ppo_preference", ["--train-split", "x"], "--train-split 'x' does nothing in this recipe without --data"),
+        ("sft", ["--train-split", "x"], "--train-split 'x' does nothing in this recipe without --data"),
+        ("sft", ["--plain-text"], "--plain-text True does nothing in this recipe without --data"),
+        (
+            "sft",
+            ["--lora-rank", "2", "--dtype", "bfloat16"],
+            "--dtype 'bfloat16' does nothing in this recipe without --model",
+        ),
+        ("reward_model", ["--data-name", "x"], "--data-name 'x' does nothing in this recipe without --data"),
+        ("reward_model", ["--held-out-rows", "9"], "--held-out-rows 9 does nothing in this recipe without --data"),
     ],
 )
 def test_bad_input_is_one_error_before_any_work(
@@ -172,6 +181,64 @@ def test_bad_input_is_one_error_before_any_work(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("critic", ["none", "shared"])
+def test_the_chain_ends_with_another_critic_too(
+    critic: str, chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = ["--model", str(chain / "sft/final"), "--reward-model", str(chain / "reward_model/final")]
+    small = ["--steps", "1", "--prompts-per-step", "8", "--eval-prompts", "8", "--eval-every", "0"]
+    call("ppo_preference", *models, "--critic", critic, *small)
+    config = json.loads((tmp_path / "runs/ppo_preference/config.json").read_text())
+    assert (config["algorithm"]["critic"], config["source"]["critic_from"]) == (critic, None)
+    head = tmp_path / "runs/ppo_preference/final/critic/value_head.safetensors"
+    assert head.is_file() == (critic == "shared")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--critic", "none", "--critic-from", "m"], "critic_from = 'm', but critic='none'"),
+        (["--critic", "shared", "--critic-from", "m"], "pass --critic-from None, or --critic separate"),
+        (["--critic", "none", "--critic-learning-rate", "0.1"], "critic_learning_rate = 0.1, but critic='none'"),
+    ],
+)
+def test_what_does_not_go_with_the_critic_is_an_error_of_the_command_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(RECIPES / "ppo_preference.py"))["parse"](arguments)
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_without_a_critic_there_is_no_learning_rate_for_one() -> None:
+    parse = runpy.run_path(str(RECIPES / "ppo_preference.py"))["parse"]
+    assert parse(["--data", "d", "--critic=none"]).optimization.critic_learning_rate is None
+    assert parse(["--data", "d", "--critic=shared"]).optimization.critic_learning_rate == 5e-6
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward_model"])
+def test_what_samples_nothing_has_no_option_to_log_samples(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parse = runpy.run_path(str(RECIPES / f"{recipe}.py"))["parse"]
+    with pytest.raises(SystemExit):
+        parse(["--samples-per-log", "3"])
+    assert "samples-per-log" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = capsys.readouterr().out
+    assert "--keep-checkpoints" in shown
+    assert "--samples-per-log" not in shown
+
+
+def test_help_is_true_of_the_recipe_that_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(RECIPES / "ppo_preference.py"))["parse"](["--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "preference: a .jsonl, .json or .parquet file, a folder of them, or a hub id" in text
+    assert "preference: the one task of recipes/ppo_preference.py" in text
+    assert "None (arithmetic alone): a small one is made" in text
 
 
 def test_the_critic_starts_from_the_reward_model_that_is_given(tmp_path: Path) -> None:

@@ -16,6 +16,23 @@ EngineKind = Literal["slots", "transformers"]
 TrunkType = Literal["float32", "bfloat16"]
 Bits = Literal["8bit", "4bit"]
 OptimizerKind = Literal["adamw", "adamw8bit"]
+VALUE_HEAD = "value_head.safetensors"  # the file of a critic that is a head on the actor's trunk
+
+
+def check_used(options: Any, used: Collection[str], *, by: str) -> None:
+    """No option is set that would do nothing.
+
+    Args:
+        options: a dataclass; what differs from its class's defaults is set.
+        used: names of fields. by: who uses them, for the message.
+    Raises:
+        InputError: one is.
+    """
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if value != option.default and option.name not in used:
+            flag = f"--{option.name.replace('_', '-')}"
+            raise InputError(f"{flag} {value!r} does nothing in {by}: leave it out")
 
 
 @dataclass(frozen=True)
@@ -23,13 +40,14 @@ class SourceConfig:
     """What is trained on what: read by the recipes, kept in the run's config.json."""
 
     model: str | None = None
-    """Folder or hub id of a pretrained model; None: a small one is made and taught on the spot."""
+    """Folder or hub id of a pretrained model; None (arithmetic alone): a small one is made and taught on the spot."""
     task: str = "arithmetic"
-    """arithmetic; gsm8k or reasoning_gym (which need a model)."""
+    """arithmetic, gsm8k or reasoning_gym; preference: the one task of recipes/ppo_preference.py."""
     data: str | None = None
-    """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id; reasoning_gym: one of its tasks, such as lcm."""
+    """gsm8k: a folder with train.jsonl and test.jsonl, or a hub id; reasoning_gym: one of its tasks, such as lcm;
+    preference: a .jsonl, .json or .parquet file, a folder of them, or a hub id; None: prompts made up on the spot."""
     data_name: str | None = None
-    """Which configuration of a hub data set (recipes/ppo_preference.py, as the two below)."""
+    """Which configuration of a hub data set (preference, as the two below)."""
     train_split: str = "train"
     """The split whose prompts are trained on."""
     test_split: str | None = None
@@ -39,19 +57,21 @@ class SourceConfig:
     partial_credit: bool = False
     """For reasoning_gym: the task's whole score in [0, 1] is the reward, not full marks alone."""
     instruction: str | None = None
-    """What follows the question in a prompt; None: the task's own."""
+    """What follows the question in a prompt (gsm8k, reasoning_gym); None: the task's own."""
     reward_model: str | None = None
     """Folder or hub id of a sequence classifier with one label; or the folder of an adapter that is one, which with a
     lora_rank is laid on the actor's trunk (recipes/ppo_preference.py)."""
     critic_from: str | None = None
-    """Where a critic with a trunk of its own starts: a reward model, or the critic/ folder of a run; None: the actor's
-    trunk under a head of zeros."""
+    """Where the critic starts: a reward model (critic separate), or the critic/ folder of a run with such a critic;
+    None: the actor's trunk under a head of zeros."""
     plain_prompts: bool = False
-    """Ask in plain text: for pretrained models without a chat template."""
+    """Ask in plain text: for pretrained models without a chat template; preference: HH-RLHF's dialogues as they are
+    written, even where there is one."""
     drop_long_prompts: bool = False
     """Leave out prompts longer than max_prompt_tokens instead of stopping."""
     verifier_workers: int = 2
-    """Processes that check answers (not arithmetic's), for each training process; 0: none, it does so itself."""
+    """Processes that check answers (gsm8k, reasoning_gym), for each training process; 0: none, it does so itself, and
+    the three options below are not to be set."""
     verifier_timeout: float = 5.0
     """Seconds for one answer in a worker, which is killed then; > 0."""
     verifier_memory_mb: int = 1024
@@ -65,18 +85,9 @@ class SourceConfig:
         check_range("verifier_workers", self.verifier_workers, low=0)
         check_range("verifier_timeout", self.verifier_timeout, low=0, low_open=True, high_open=True)
         check_range("verifier_memory_mb", self.verifier_memory_mb, low=1)
-
-    def check_used(self, used: Collection[str], *, by: str) -> None:
-        """No option is set that would do nothing.
-
-        Raises:
-            InputError: one is.
-        """
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if value != option.default and option.name not in used:
-                flag = f"--{option.name.replace('_', '-')}"
-                raise InputError(f"{flag} {value!r} does nothing in {by}: leave it out")
+        if self.verifier_workers == 0:
+            of_workers = {"verifier_timeout", "verifier_memory_mb", "verifier_strict"}
+            check_used(self, {x.name for x in fields(self)} - of_workers, by="a run with --verifier-workers 0")
 
 
 @dataclass(frozen=True)
@@ -204,11 +215,11 @@ class OptimizationConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class FitRunConfig:
     """Where a run goes and what it leaves there."""
 
     run_dir: Path = Path("runs/run")
-    """Folder for config, metrics.jsonl, samples.jsonl, plots, checkpoints and the final model."""
+    """Folder for config, metrics.jsonl, samples of completions, plots, checkpoints and the final model."""
     seed: int = 0
     """Of everything random: weights, data order, completions."""
     resume: bool = False
@@ -221,18 +232,28 @@ class RunConfig:
     """Steps between checkpoints; 0: none."""
     keep_checkpoints: int = 2
     """Checkpoints kept, newest first."""
-    samples_per_log: int = 4
-    """Completions written to samples.jsonl each step."""
     log_with: str | None = None
     """One of accelerate's trackers (tensorboard, wandb, ...), beside metrics.jsonl."""
     push_to_hub: str | None = None
     """Repository of the Hugging Face hub, owner/name, that the final model and tokenizer are uploaded to."""
 
     def __post_init__(self) -> None:
-        for name in ("seed", "eval_every", "checkpoint_every", "samples_per_log"):
+        for name in ("seed", "eval_every", "checkpoint_every"):
             check_range(name, getattr(self, name), low=0)
         check_range("eval_prompts", self.eval_prompts, low=1)
         check_range("keep_checkpoints", self.keep_checkpoints, low=1)
+
+
+@dataclass(frozen=True)
+class RunConfig(FitRunConfig):
+    """Where a run goes and what it leaves there, where completions are sampled."""
+
+    samples_per_log: int = 4
+    """Completions written to samples.jsonl each step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("samples_per_log", self.samples_per_log, low=0)
 
 
 @dataclass(frozen=True)
@@ -276,6 +297,14 @@ class AdapterConfig:
                 "--mixed_precision bf16, which keeps the trained weights in float32"
             )
 
+    def check_made(self) -> None:
+        """For a model that is made on the spot, not loaded.
+
+        Raises:
+            InputError: an option says how to load it.
+        """
+        check_used(self, {"lora_rank", "lora_alpha", "lora_targets"}, by="this recipe without --model")
+
 
 @dataclass(frozen=True)
 class TrainerConfig:
@@ -295,12 +324,27 @@ class TrainerConfig:
                 f"advantage={self.algorithm.advantage!r} compares samples of one prompt: samples_per_prompt must be at "
                 "least 2"
             )
-        if self.source.critic_from is not None and self.algorithm.critic == "none":
-            raise InputError(f"critic_from = {self.source.critic_from!r}, but critic='none': leave one of them out")
-        if self.optimization.critic_warmup_steps and self.algorithm.critic == "none":
-            raise InputError("critic_warmup_steps, but critic='none': there is none to warm up")
+        self._check_critic()
         if self.algorithm.kl_target is not None:
             check_range("kl_horizon", self.algorithm.kl_horizon, low=self.optimization.sequences_per_step)
+
+    def _check_critic(self) -> None:
+        kind, source, optimization = self.algorithm.critic, self.source.critic_from, self.optimization
+        if kind == "none" and source is not None:
+            raise InputError(f"critic_from = {source!r}, but critic='none': leave one of them out")
+        if kind == "none" and optimization.critic_warmup_steps:
+            raise InputError("critic_warmup_steps, but critic='none': there is none to warm up")
+        if kind == "none" and optimization.critic_learning_rate is not None:
+            raise InputError(
+                f"critic_learning_rate = {optimization.critic_learning_rate}, but critic='none': there is none to "
+                "train, leave one of them out"
+            )
+        if source is not None and (kind == "shared") != (Path(source) / VALUE_HEAD).is_file():
+            holds, other = ("no value head alone", "separate") if kind == "shared" else ("a value head alone", "shared")
+            raise InputError(
+                f"critic={kind!r} cannot start from {source!r}, which holds {holds} ({VALUE_HEAD}): pass --critic-from "
+                f"None, or --critic {other}"
+            )
 
     @property
     def needs_old_log_probs(self) -> bool:
@@ -326,11 +370,14 @@ class TrainerConfig:
 
 def with_preset(config: TrainerConfig, name: PresetName) -> TrainerConfig:
     """The config with the preset's algorithm. A round keeps its number of sequences, in groups of 8 where they are
-    compared and there were none; what is on-policy makes one optimizer step of each round."""
+    compared and there were none; what is on-policy makes one optimizer step of each round; without a critic, there is
+    no learning rate of its own."""
     preset, optimization = PRESETS[name], config.optimization
     if preset.algorithm.compares_samples and optimization.samples_per_prompt == 1:
         prompts = max(optimization.prompts_per_step // 8, 1)
         optimization = replace(optimization, prompts_per_step=prompts, samples_per_prompt=8)
     if preset.on_policy:
         optimization = replace(optimization, epochs=1, minibatches=1)
+    if preset.algorithm.critic == "none":
+        optimization = replace(optimization, critic_learning_rate=None)
     return replace(config, algorithm=preset.algorithm, optimization=optimization)

@@ -16,13 +16,11 @@ from transformers import (
 
 from rlhf.checks import InputError, brief
 from rlhf.lm.batching import LayoutKind
-from rlhf.lm.config import AdapterConfig
+from rlhf.lm.config import VALUE_HEAD, AdapterConfig
 from rlhf.lm.head import widened
 from rlhf.lm.logprobs import action_states, at_actions, trunk_of, widen
 from rlhf.lm.lora import CRITIC, add_adapter, merged, using, without_quantization
 from rlhf.lm.trunk_reward import is_adapter
-
-VALUE_HEAD = "value_head.safetensors"
 
 
 def head_of(classifier: PreTrainedModel) -> nn.Linear:

@@ -36,7 +36,8 @@ class DataConfig:
     train_split: str = "train"
     """The split to train on."""
     test_split: str | None = None
-    """The held-out split; None: test, validation or eval if there is one, else rows taken from the training split."""
+    """The held-out split; None: test, validation or eval if there is one that is not trained on, else rows taken from
+    the training split."""
     held_out_rows: int = 256
     """How many rows to take from the training split where there is no other; at most a fifth of them."""
     max_tokens: int = 512
@@ -47,6 +48,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_range("held_out_rows", self.held_out_rows, low=1)
         check_range("max_tokens", self.max_tokens, low=2)
+        if self.test_split == self.train_split:
+            raise InputError(
+                f"train_split and test_split are both {self.train_split!r}, and what is trained on cannot be held out: "
+                "pass another --test-split, or none to hold out rows of the training split"
+            )
 
 
 def load_splits(config: DataConfig) -> tuple[Dataset, Dataset]:
@@ -78,7 +84,8 @@ def load_splits(config: DataConfig) -> tuple[Dataset, Dataset]:
                 f"{config.data!r} has no split {name!r} but {', '.join(splits)}: pass --train-split, --test-split"
             )
     train = splits[config.train_split]
-    name = config.test_split or next((name for name in HELD_OUT_SPLITS if name in splits), None)
+    others = (name for name in HELD_OUT_SPLITS if name in splits and name != config.train_split)
+    name = config.test_split or next(others, None)
     if name is None:
         if len(train) < 2:
             raise InputError(

@@ -51,10 +51,13 @@ def policy_output(
         with_entropy: also return the entropy.
         with_hidden: also return the hidden states that the value head of a shared critic reads.
         layout: how the tokens lie in the forward, which changes results by rounding only; None chooses.
+    Raises:
+        InputError: as `check_layouts`.
     """
     args = (sequence_ids, attention_mask, action_mask)
     head = output_head(model)
     if head is None:
+        check_layouts(model)
         return plain_output(model, *args, temperature=temperature, with_entropy=with_entropy, with_hidden=with_hidden)
     hidden = action_states(trunk_of(model), *args, layout=layout)
     tokens = sequence_ids[:, -action_mask.shape[-1] :][action_mask]
@@ -154,24 +157,58 @@ def widen(logits: Tensor) -> Tensor:
 _layouts: WeakKeyDictionary[nn.Module, tuple[str, LayoutKind]] = WeakKeyDictionary()
 _shares_prompts: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 _has_plain_head: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_ignores_padding: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def layout_for(trunk: PreTrainedModel) -> LayoutKind:
-    """How a trunk is given its tokens: the first of these that gives the states of the padded batch with its mask.
+    """How a trunk is given its tokens: the first of these that gives each sequence the states that it has alone.
 
     packed, on a GPU with flash attention or FlexAttention, whose work then is that of the sequences alone (with sdpa
     and eager, whose mask is dense, it would grow with the square of the row); padded, for all that is causal; given.
+
+    Raises:
+        InputError: none does.
     """
     implementation = str(trunk.config.get_text_config()._attn_implementation)
     if trunk not in _layouts or _layouts[trunk][0] != implementation:
-        can_pack = trunk.device.type != "cpu" and ("flash" in implementation or implementation == "flex_attention")
-        kinds: list[LayoutKind] = ["packed", "padded"] if can_pack else ["padded"]
-        _layouts[trunk] = (implementation, next((kind for kind in kinds if _keeps_states(trunk, kind)), "given"))
+        is_worth_it = trunk.device.type != "cpu" and ("flash" in implementation or implementation == "flex_attention")
+        kinds: list[LayoutKind] = ["packed", "padded", "given"] if is_worth_it else ["padded", "given"]
+        kind = next((kind for kind in kinds if _keeps_states(trunk, kind)), None)
+        if kind is None:
+            raise _unsupported(trunk, "the padding or the sequences beside it in a batch")
+        _layouts[trunk] = (implementation, kind)
     return _layouts[trunk][1]
 
 
+def check_layouts(model: PreTrainedModel) -> None:
+    """What `policy_output` says of a sequence is what the model says of it alone, in some layout.
+
+    Raises:
+        InputError: it is not.
+    """
+    if output_head(model) is not None:
+        layout_for(trunk_of(model))
+        return
+    if model not in _ignores_padding:  # `plain_output` pads on the left
+        _ignores_padding[model] = _keeps_states(trunk_of(model), "given")
+    if not _ignores_padding[model]:
+        raise _unsupported(model, "the padding before it, and its logits are not those of its output matrix alone")
+
+
+def _unsupported(model: PreTrainedModel, reason: str) -> InputError:
+    return InputError(
+        f"{type(model).__name__} is not supported: what it says of a sequence depends on {reason}; take another model"
+    )
+
+
+def can_pack(trunk: PreTrainedModel) -> bool:
+    """Whether sequences laid end to end in one row, told apart by their positions alone, have the states that each has
+    alone. Not where attention or a recurrent state knows no positions."""
+    return _keeps_states(trunk, "packed")
+
+
 def can_share_prompts(trunk: PreTrainedModel) -> bool:
-    """Whether the layout "shared" gives the states of the padded batch with its mask; a warning says if not."""
+    """Whether the layout "shared" gives each sequence the states that it has alone; a warning says if not."""
     if trunk not in _shares_prompts:
         types = getattr(trunk.config.get_text_config(), "layer_types", None) or ()
         known = trunk._supports_attention_backend and {*types} <= {"full_attention", "sliding_attention"}
@@ -249,14 +286,15 @@ def _makes_the_logits(model: PreTrainedModel, head: Head) -> bool:
 
 @torch.no_grad()
 def _keeps_states(trunk: PreTrainedModel, kind: LayoutKind) -> bool:
-    """Whether this layout gives the states that the padded batch with its mask gives, to rounding."""
+    """Whether this layout gives the states that each sequence has alone, without padding, to rounding."""
     weight = next(trunk.parameters())
     embeddings: Any = trunk.get_input_embeddings()
     probe = _probe(weight.device, len(embeddings.weight))
     with evaluating(trunk):
-        expected, found = (action_states(trunk, *probe, layout=which) for which in ("given", kind))
+        alone = [action_states(trunk, *(x[row : row + 1] for x in probe), layout="padded") for row in range(3)]
+        found = action_states(trunk, *probe, layout=kind)
     is_half = weight.dtype.itemsize < 4 or torch.is_autocast_enabled(weight.device.type)
-    return _is_close(found, expected, 0.1 if is_half else 3e-3)
+    return _is_close(found, torch.cat(alone), 0.1 if is_half else 3e-3)
 
 
 def _probe(device: torch.device, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -325,7 +325,7 @@ def _advice(
 ) -> list[str]:
     """Options and what each would save by itself, the most first."""
     changed: dict[str, TrainerConfig] = {}
-    if config.algorithm.critic == "separate":
+    if config.algorithm.critic == "separate" and config.source.critic_from is None:
         changed["--critic shared"] = replace(config, algorithm=replace(config.algorithm, critic="shared"))
     if config.adapter.lora_rank == 0:
         changed["--lora-rank 16"] = replace(config, adapter=replace(config.adapter, lora_rank=16))

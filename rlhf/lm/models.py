@@ -94,7 +94,8 @@ def _assembled_critic(
         if (kind == "shared") != (critic.trunk is None):
             raise InputError(
                 f"critic={kind!r} cannot start from {critic_from!r}, which holds "
-                f"{'a value head alone' if critic.trunk is None else 'a whole model'}: pass the other --critic"
+                f"{'a value head alone' if critic.trunk is None else 'a whole model'}: pass --critic-from None, or the "
+                "other --critic"
             )
         if adapter is not None and critic.trunk is not None:
             add_adapter(critic.trunk, adapter)

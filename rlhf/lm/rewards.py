@@ -192,6 +192,13 @@ def _number(name: str, value: Any, completion: str) -> float:
         ) from None
 
 
+def added_bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The first token that the tokenizer adds to every text, as text; "" if none. A text that begins with it already,
+    as a chat template writes it, would have it twice."""
+    adds = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if adds else ""
+
+
 class RewardModel:
     """A sequence classifier with one label as a reward function: its score of prompt + completion.
 
@@ -236,9 +243,7 @@ class RewardModel:
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.render = render
-        # A chat template writes the first token out; a tokenizer that adds it would put it there twice.
-        adds_bos = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-        self._bos = str(tokenizer.bos_token) if adds_bos else ""
+        self._bos = added_bos(tokenizer)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
@@ -276,6 +281,6 @@ def on_trunk(functions: Sequence[RewardFunction]) -> list[RewardOnTrunk]:
 
 
 def whole_models(functions: Sequence[RewardFunction]) -> list[PreTrainedModel]:
-    """The models of the others among them, with a trunk of their own."""
+    """The models of the others among them, with a trunk of their own, each once."""
     found = [function.model for function in functions if isinstance(function, RewardModel)]
-    return [model for model in found if isinstance(model, PreTrainedModel)]
+    return list({id(model): model for model in found if isinstance(model, PreTrainedModel)}.values())

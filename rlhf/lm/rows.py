@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.checks import InputError
-from rlhf.lm.rewards import Row
+from rlhf.lm.rewards import Row, added_bos
 
 Message = dict[str, Any]
 Said = str | list[Message]  # what a column holds: text or messages
@@ -60,7 +60,10 @@ def unended(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True
 ) -> list[list[int]]:
     """Tokens of texts that something is to follow: without the end-of-sequence token that some tokenizers add to every
-    text, after which a model has nothing more to say."""
+    text, after which a model has nothing more to say. A first token that the tokenizer adds and the text has written
+    out is there once."""
+    bos = added_bos(tokenizer) if add_special_tokens else ""
+    texts = [text.removeprefix(bos) for text in texts]
     token_ids: list[list[int]] = tokenizer(texts, add_special_tokens=add_special_tokens)["input_ids"]
     end = [tokenizer.eos_token_id]
     if all(ids[-1:] == end for ids in token_ids):
@@ -75,6 +78,7 @@ def demonstration(row: Row, tokenizer: PreTrainedTokenizerBase, *, plain_text: b
 
     Raises:
         InputError: no known form, or messages and no chat template.
+        Unusable: nothing is answered, or the answer is empty.
     """
     if row.get("text") is not None:
         ids = [*unended([_text(row, "text")], tokenizer)[0], tokenizer.eos_token_id]
@@ -107,6 +111,7 @@ def pair(row: Row, tokenizer: PreTrainedTokenizerBase, *, plain_text: bool = Fal
 
     Raises:
         InputError: the row is no preference.
+        Unusable: an answer is empty, or both are the same.
     """
     if row.get("chosen") is None or row.get("rejected") is None:
         raise InputError(f"a preference needs chosen and rejected, got columns {sorted(row)}")
@@ -117,7 +122,8 @@ def pair(row: Row, tokenizer: PreTrainedTokenizerBase, *, plain_text: bool = Fal
     margin = row.get("margin")
     if margin is not None and not isinstance(margin, int | float):
         raise InputError(f"margin must be a number, got {margin!r}")
-    ids = tokenizer(texts)["input_ids"]
+    bos = added_bos(tokenizer)
+    ids = tokenizer([text.removeprefix(bos) for text in texts])["input_ids"]
     return Pair(ids[0], ids[1], 0.0 if margin is None else float(margin))
 
 
@@ -126,10 +132,13 @@ def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase, *, plain_text: boo
 
     Raises:
         InputError: the row has none.
+        Unusable: no turn stands before the answer.
     """
     if row.get("messages") is not None:
         messages = _messages(row, "messages")
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=len(messages))
+        if last == 0:
+            raise Unusable("without an assistant's turn that answers something")
         return _rendered(messages[:last], tokenizer)
     if row.get("prompt") is not None and row.get("chosen") is None and row.get("completion") is None:
         return row["prompt"] if isinstance(row["prompt"], str) else _rendered(_messages(row, "prompt"), tokenizer)

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from rlhf.checks import InputError
 from rlhf.lm.experience import Sequences
-from rlhf.lm.logprobs import policy_output, widen
+from rlhf.lm.logprobs import can_pack, check_layouts, policy_output, trunk_of, widen
 from rlhf.lm.rows import Demonstration
 from rlhf.lm.supervised import FitConfig, SupervisedConfig, SupervisedTrainer
 from rlhf.lm.tasks import pad_left
@@ -32,7 +33,8 @@ class SFTFitConfig(FitConfig):
     """How the demonstrations are used."""
 
     pack: bool = False
-    """Lay the rows of a micro-batch end to end instead of padding them; changes no number but by rounding."""
+    """Lay the rows of a micro-batch end to end instead of padding them; changes no number but by rounding. Models that
+    would mix the rows are refused."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,27 @@ def sft_trainer(
 ) -> SupervisedTrainer[Demonstration]:
     """A `SupervisedTrainer` that maximises the mean log-likelihood of all learned tokens of a step's rows."""
     pad_token_id = int(tokenizer.pad_token_id)
-    objective = packed_objective if config.optimization.pack else partial(padded_objective, pad_token_id=pad_token_id)
+    pack = config.optimization.pack
+    objective = packed_objective if pack else partial(padded_objective, pad_token_id=pad_token_id)
     return SupervisedTrainer(
         config, tokenizer=tokenizer, train=train, held_out=held_out, units=lambda row: sum(row.learned),
         objective=objective, make_model=make_model, panels=PANELS, columns=("loss", "held_out/loss", "lr"),
-        accelerator=accelerator,
+        check_model=check_packs if pack else check_layouts, accelerator=accelerator,
     )  # fmt: skip
+
+
+def check_packs(model: PreTrainedModel) -> None:
+    """Rows laid end to end do not mix in this model.
+
+    Raises:
+        InputError: they do.
+    """
+    if not can_pack(trunk_of(model)):
+        raise InputError(
+            f"{type(model).__name__} does not tell rows apart that are laid end to end (its attention or its recurrent "
+            "state goes on where positions start anew), so that each would be learned as what follows another: leave "
+            "out --pack"
+        )
 
 
 def padded_objective(model: PreTrainedModel, rows: Sequence[Demonstration], *, pad_token_id: int) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from rlhf.checks import InputError, check_choice, check_range
 from rlhf.lm.attention import positions
 from rlhf.lm.checks import MAY_CHANGE, check_launch
-from rlhf.lm.config import AdapterConfig, LRSchedule, RunConfig
+from rlhf.lm.config import AdapterConfig, FitRunConfig, LRSchedule
 from rlhf.lm.data import DataConfig
 from rlhf.lm.hub import check_hub, push
 from rlhf.lm.lora import add_adapter, load_trained_state, merged, save_adapter, train_head, trained_state
@@ -98,7 +98,7 @@ class SupervisedConfig:
     source: DataConfig = field(default_factory=DataConfig)
     optimization: FitConfig = field(default_factory=FitConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    run: FitRunConfig = field(default_factory=FitRunConfig)
 
     def __post_init__(self) -> None:
         self.adapter.check_trunk()
@@ -131,7 +131,8 @@ class SupervisedTrainer(Generic[R]):
         train, held_out: rows.
         units: how many units (tokens, pairs) a row counts for in the means.
         objective: sums over the units of some rows.
-        make_model: builds the model; called once all checks have passed.
+        make_model: builds the model; called once all checks have passed but those of the model.
+        check_model: called with the model on its device, before anything is written; raises what is wrong with it.
         describe: sums, units -> metrics.
         trained_head: names under which a model may have a head that is trained beside adapters.
         panels, columns: what is drawn, what the terminal shows.
@@ -154,6 +155,7 @@ class SupervisedTrainer(Generic[R]):
         columns: Sequence[str],
         trained_head: tuple[str, ...] = (),
         describe: Callable[[dict[str, Tensor], int], dict[str, float]] = per_unit,
+        check_model: Callable[[PreTrainedModel], None] = lambda model: None,
         accelerator: Accelerator | None = None,
     ) -> None:
         run = config.run
@@ -179,6 +181,8 @@ class SupervisedTrainer(Generic[R]):
         set_seed(run.seed)
         self.model = placed(make_model(), accelerator.device).eval()
         self._check_lengths()
+        with accelerator.autocast():
+            check_model(self.model)
         if accelerator.num_processes > 1:
             broadcast([tensor.data for tensor in (*self.model.parameters(), *self.model.buffers())])
         if config.adapter.lora_rank:

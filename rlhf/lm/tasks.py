@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.checks import InputError, brief, check_range
-from rlhf.lm.config import SourceConfig
+from rlhf.lm.config import SourceConfig, check_used
 from rlhf.lm.reasoning_tasks import reasoning_entries
 from rlhf.lm.rewards import RewardFunction, Row
 from rlhf.lm.rows import unended
@@ -66,7 +66,7 @@ def load_task(source: SourceConfig, tokenizer: PreTrainedTokenizerBase) -> Task:
     name, data = source.task, source.data
     if name not in TASKS:
         raise InputError(f"unknown task {name!r}: choose one of {', '.join(TASKS)}")
-    source.check_used(_EVERY | _OF_TASK[name], by=f"task {name!r}")
+    check_used(source, _EVERY | _OF_TASK[name], by=f"task {name!r}")
     if name == "gsm8k":
         return gsm8k(
             data,

@@ -22,6 +22,7 @@ from rlhf.lm.generation import Engine, build_engine
 from rlhf.lm.hub import check_hub, push
 from rlhf.lm.initial import load_initial, origin_of, save_initial
 from rlhf.lm.layers import wrap_layers
+from rlhf.lm.logprobs import check_layouts
 from rlhf.lm.lora import load_trained_state, merged, save_adapter, trained_state
 from rlhf.lm.memory_plan import plan_run, show_plan, write_plan
 from rlhf.lm.models import assemble_roles, check_tokenizer, end_token_ids, placed
@@ -87,14 +88,15 @@ class Trainer:
         accelerator = default_accelerator(config.run) if accelerator is None else accelerator
         self.config, self.tokenizer, self.accelerator, self.task = config, tokenizer, accelerator, task
         self.reward_functions = [task.verifier] if reward_functions is None else list(reward_functions)
+        self.judges = [*self.reward_functions, task.verifier]
         self.reward_weights = reward_weights
         check_tokenizer(tokenizer)
         check_processes(config, accelerator)
         check_optimizer(config.optimization)
-        scorers = on_trunk((*self.reward_functions, task.verifier))
+        scorers = on_trunk(self.judges)
         if not scorers:
             check_rewards(self.reward_functions, reward_weights, task, tokenizer)
-        for function in self.reward_functions:
+        for function in self.judges:
             if isinstance(function, RewardModel):
                 function.model.to(accelerator.device)
         self.train_prompts, held_out_prompts = (
@@ -129,7 +131,7 @@ class Trainer:
     ) -> None:
         config, accelerator = self.config, self.accelerator
         longest = max(len(ids) for x in (self.train_prompts, held_out_prompts) for ids in x.token_ids)
-        check_other_models(config, self.reward_functions, self.tokenizer, longest)
+        check_other_models(config, self.judges, self.tokenizer, longest)
         if config.run.resume:
             actor, self._origin = load_initial(self.folder.path)
         else:
@@ -137,11 +139,7 @@ class Trainer:
             check_actor(actor, longest, config.sampling)
             self._origin = origin_of(actor)
         self.memory_plan = plan_run(
-            actor,
-            config,
-            accelerator,
-            longest_prompt=longest,
-            reward_models=whole_models(self.reward_functions),
+            actor, config, accelerator, longest_prompt=longest, reward_models=whole_models(self.judges)
         )
         actor = placed(actor, accelerator.device)
         if accelerator.num_processes > 1:  # before critic and reference are made from it
@@ -154,6 +152,8 @@ class Trainer:
             critic_from=config.source.critic_from,
             adapter=config.adapter,
         )
+        with accelerator.autocast():
+            check_layouts(self.roles.actor)
         self.learner = build_learner(self.roles, config.optimization, accelerator)
         eos_token_ids = end_token_ids(self.roles.actor, self.tokenizer)
         engine = (
@@ -190,7 +190,7 @@ class Trainer:
     def train(self) -> dict[str, float]:
         """Run to the end. Returns the held-out accuracies before (`initial/...`) and after (`final/...`)."""
         config, main = self.config, self.accelerator.is_main_process
-        start, functions = self.step, [*self.reward_functions, self.task.verifier]
+        start = self.step
         if config.run.log_with:
             flat = {f"{topic}.{name}": str(v) for topic, f in config.as_dict().items() for name, v in f.items()}
             self.accelerator.init_trackers("rlhf", config=flat)
@@ -204,19 +204,19 @@ class Trainer:
             ) as view,
             MetricsLog(self.folder.metrics, self.accelerator) as metrics_log,
             JsonLines(self.folder.samples) if main else nullcontext() as samples_log,
-            running(functions),
+            running(self.judges),
         ):
             if self.step == 0:
                 view.say(f"evaluating on {self.held_out.count} held-out prompts before training")
                 evaluation = self._evaluate(view)
                 self.first_evaluation = {name: x for name, x in evaluation.items() if not name.startswith("time/")}
-                metrics_log.write(0, evaluation | verifier_counts(functions, self.accelerator))
+                metrics_log.write(0, evaluation | verifier_counts(self.judges, self.accelerator))
             while self.step < config.optimization.steps:
                 metrics, samples = self.train_step()
                 if self._is_due(config.run.eval_every) or self.step == config.optimization.steps:
                     evaluation = self._evaluate(view)
                     metrics |= evaluation
-                metrics |= verifier_counts(functions, self.accelerator)
+                metrics |= verifier_counts(self.judges, self.accelerator)
                 metrics_log.write(self.step, metrics)
                 if samples_log is not None:
                     for sample in samples:
