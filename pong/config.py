@@ -318,5 +318,5 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
         game=fast,
         algorithm=algorithm,
         network=network,
-        optimization=OptimizationConfig(total_steps=1_400_000, learning_rate=1e-3, final_learning_rate=2e-5),
+        optimization=OptimizationConfig(total_steps=1_100_000, learning_rate=1e-3, final_learning_rate=2e-5),
     )
