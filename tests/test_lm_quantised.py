@@ -58,6 +58,8 @@ def test_a_quantised_trunk_needs_adapters_and_the_package(bits: str, monkeypatch
         TrainerConfig(adapter=adapter(bits, lora_rank=0))
     with pytest.raises(InputError, match="dtype='bfloat16' is for a frozen trunk: pass --lora-rank"):
         RewardModelingConfig(adapter=AdapterConfig(dtype="bfloat16"))
+    with pytest.raises(InputError, match="--lora-alpha 8 does nothing in a run without --lora-rank"):
+        RewardModelingConfig(adapter=AdapterConfig(lora_alpha=8))
     monkeypatch.setattr(config_module, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install bitsandbytes"):
         RewardModelingConfig(adapter=adapter(bits))

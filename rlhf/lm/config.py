@@ -280,10 +280,10 @@ class AdapterConfig:
             check_choice("load_in", self.load_in, get_args(Bits))
 
     def check_trunk(self) -> None:
-        """What is loaded in few bits is not trained.
+        """What is loaded in few bits is not trained, and options of adapters are for adapters.
 
         Raises:
-            InputError: it would be; or bitsandbytes is missing.
+            InputError: it would be, there are none, or bitsandbytes is missing.
         """
         if self.load_in is not None and not self.lora_rank:
             raise InputError(
@@ -296,6 +296,8 @@ class AdapterConfig:
                 f"dtype={self.dtype!r} is for a frozen trunk: pass --lora-rank too, or launch with accelerate's "
                 "--mixed_precision bf16, which keeps the trained weights in float32"
             )
+        if not self.lora_rank:
+            check_used(self, {"lora_rank", "dtype", "load_in"}, by="a run without --lora-rank")
 
     def check_made(self) -> None:
         """For a model that is made on the spot, not loaded.
