@@ -6,13 +6,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from rlhf.lm.config import RunConfig
+from rlhf.lm.config import FitRunConfig
 
 # What one process does alone, writing a large checkpoint to a slow disk, the others wait for.
 PATIENCE = timedelta(hours=2)
 
 
-def default_accelerator(run: RunConfig) -> Accelerator:
+def default_accelerator(run: FitRunConfig) -> Accelerator:
     """accelerate's own choice of device; but the CPU on Apple's GPUs, which have no float64."""
     on_apple = torch.backends.mps.is_available()
     if on_apple:
