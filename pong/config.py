@@ -306,7 +306,7 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
             game=replace(shared, repeat_action_probability=0.25),
             algorithm=algorithm,
             network=network,
-            optimization=OptimizationConfig(total_steps=2_000_000, learning_rate=1e-3, final_learning_rate=1e-5),
+            optimization=OptimizationConfig(total_steps=3_000_000, learning_rate=1e-3, final_learning_rate=1e-5),
         )
     fast = replace(shared, frame_height=105, frame_width=80)
     if is_pong:

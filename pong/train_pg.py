@@ -40,7 +40,6 @@ def defaults(game: str = "pong") -> PongConfig:
         fast.optimization,
         rollout_steps=256,
         minibatch_size=2048,
-        total_steps=800_000,
         learning_rate=2e-3,
     )
     run = replace(fast.run, run_dir=Path(f"runs/{game}_pg"))
