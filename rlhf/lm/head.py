@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rlhf.checks import InputError, check_range
+from rlhf.lm.linear import linear
 
 # Of one [n, V] array, a few of which exist at a time. On a CPU a chunk should stay in the cache (measured: docs/
 # benchmarks.md, Updates); on a GPU it should be many tokens, since each chunk adds to the gradient of the whole matrix.
@@ -167,7 +168,7 @@ class _ChunkedTerms(torch.autograd.Function):
                     d_logits.scatter_add_(-1, token_ids[part, None], d_log_probs[part, None])
                 d_logits = _through_logits(d_logits, logits, settings)
                 if d_hidden is not None:
-                    d_hidden[part] = d_logits.to(settings.dtype) @ head.weight
+                    d_hidden[part] = linear(d_logits.to(settings.dtype), head.weight.T)
                 if wants_weight:
                     d_weight = _add_product(d_weight, d_logits.to(settings.dtype).T, hidden[part].to(settings.dtype))
                 if wants_bias:
@@ -186,7 +187,7 @@ def _cast(weight: Tensor, bias: Tensor | None, softcap: float | None, dtype: tor
 
 def _logits(hidden: Tensor, head: Head, settings: _Settings) -> Tensor:
     """[n, V] at sampling temperature, at least float32."""
-    logits = torch.nn.functional.linear(hidden.to(settings.dtype), head.weight, head.bias)
+    logits = linear(hidden.to(settings.dtype), head.weight, head.bias)
     logits = logits.to(widened(settings.dtype))
     if head.softcap is not None:
         logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
@@ -206,7 +207,7 @@ def _through_logits(d_logits: Tensor, logits: Tensor | None, settings: _Settings
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total + a @ b, in place, at least float32."""
     if total is None:
-        return (a @ b).to(widened(a.dtype))
+        return linear(a, b.T).to(widened(a.dtype))
     return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
 
 

@@ -21,6 +21,7 @@ from rlhf.lm.checks import MAY_CHANGE, check_launch
 from rlhf.lm.config import AdapterConfig, FitRunConfig, LRSchedule
 from rlhf.lm.data import DataConfig
 from rlhf.lm.hub import check_hub, push
+from rlhf.lm.linear import speed_up
 from rlhf.lm.lora import add_adapter, load_trained_state, merged, save_adapter, train_head, trained_state
 from rlhf.lm.models import placed
 from rlhf.lm.processes import default_accelerator
@@ -190,6 +191,7 @@ class SupervisedTrainer(Generic[R]):
             for name in trained_head:
                 if hasattr(self.model, name):
                     train_head(self.model.get_submodule(name))
+        speed_up(self.model)
         self._build_optimizer()
         self.step = 0
         if run.resume:

@@ -22,6 +22,7 @@ from rlhf.lm.generation import Engine, build_engine
 from rlhf.lm.hub import check_hub, push
 from rlhf.lm.initial import load_initial, origin_of, save_initial
 from rlhf.lm.layers import wrap_layers
+from rlhf.lm.linear import speed_up
 from rlhf.lm.logprobs import check_layouts
 from rlhf.lm.lora import load_trained_state, merged, save_adapter, trained_state
 from rlhf.lm.memory_plan import plan_run, show_plan, write_plan
@@ -152,6 +153,7 @@ class Trainer:
             critic_from=config.source.critic_from,
             adapter=config.adapter,
         )
+        speed_up(*self.roles.trunks(), *whole_models(self.judges))
         with accelerator.autocast():
             check_layouts(self.roles.actor)
         self.learner = build_learner(self.roles, config.optimization, accelerator)

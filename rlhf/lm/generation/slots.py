@@ -23,6 +23,7 @@ from rlhf.lm.generation.memory import free_bytes, is_out_of_memory, plan_slots
 from rlhf.lm.generation.protocol import Completions, Truncation
 from rlhf.lm.generation.sampling import draw_uniforms
 from rlhf.lm.generation.schedule import Admission, Requests, Schedule
+from rlhf.lm.linear import sped_up
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}  # in one forward, padding included
 GRAPHS_ON = "cuda"
@@ -95,7 +96,7 @@ class SlotEngine:
         sampler = Sampler(uniforms, temperature, truncation)
         device = prompt_ids.device
         # inference_mode: no version counters and no views' bookkeeping, a fifth of a small model's forward
-        with torch.inference_mode(), self.autocast(), self._cast_once(device):
+        with torch.inference_mode(), self.autocast(), self._cast_once(device), sped_up(self.model):
             shapes = self._layer_shapes(device)
             slots = plan_slots(
                 shapes,

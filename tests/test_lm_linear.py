@@ -1,0 +1,231 @@
+"""Linear layers through oneDNN: the same numbers and gradients, only where asked, and gone afterwards.
+
+Whatever the processor, the tests take oneDNN for the faster one, and the smallest product for worth it.
+"""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from tiny import padded_prompts, sequences_of, tiny_model, tokenizer
+from torch import Tensor, nn
+
+from rlhf.lm import linear as module
+from rlhf.lm.generation import SlotEngine
+from rlhf.lm.head import Head, token_terms
+from rlhf.lm.linear import linear, sped_up, speed_up
+from rlhf.lm.logprobs import policy_output
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of what oneDNN is asked for."""
+    asked: list[tuple[int, ...]] = []
+    product = module._product
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        asked.append((*x.shape, len(weight)))
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(module, "WORTH", 1)
+    monkeypatch.setattr(module, "_product", counted)
+    return asked
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class OtherKind(Tensor):
+    """As quantised and distributed weights are."""
+
+
+def gradients(function: Any, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The output and the inputs' gradients of a weighted sum of it."""
+    leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out, *torch.autograd.grad((out * drawn(*out.shape, seed=9).to(dtype)).sum(), leaves)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(1,), (7,), (64,), (3, 5), (2, 3, 40), ()])
+@pytest.mark.parametrize(("width", "out"), [(33, 17), (256, 128), (64, 1)])
+def test_values_and_gradients_are_those_of_torch(
+    rows: tuple[int, ...], width: int, out: int, bias: bool, calls: list[Any]
+) -> None:
+    inputs = [drawn(*rows, width, seed=1), drawn(out, width, seed=2), *([drawn(out, seed=3)] if bias else [])]
+    exact = gradients(F.linear, inputs, torch.float64)
+    theirs = gradients(F.linear, inputs, torch.float32)
+    ours = gradients(linear, inputs, torch.float32)
+    assert len(calls) == 3
+    for name, a, b, c in zip(("out", "x", "weight", "bias"), ours, theirs, exact, strict=False):
+        assert a.shape == c.shape
+        error, torchs = (float((x.double() - c).detach().abs().max()) for x in (a, b))
+        assert error <= 4 * torchs + 1e-6 * float(c.detach().abs().max()), name
+
+
+def test_strides_do_not_matter() -> None:
+    x, weight = drawn(6, 40, 5)[:, ::2].transpose(1, 2), drawn(20, 12, seed=1).T  # [6, 5, 20], [12, 20]
+    exact = gradients(F.linear, [x, weight], torch.float64)
+    for a, c in zip(gradients(linear, [x, weight], torch.float32), exact, strict=True):
+        torch.testing.assert_close(a.double(), c, rtol=1e-5, atol=1e-5)
+    spread = torch.ones(1, 1).expand(4, 20)  # a gradient of one repeated number, as `sum` makes
+    torch.testing.assert_close(linear(spread, weight.float()), F.linear(spread, weight.float()))
+    a, b = (weight.float().clone().requires_grad_() for _ in range(2))
+    linear(x.float(), a).sum().backward()
+    F.linear(x.float(), b).sum().backward()
+    assert a.grad is not None
+    torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_only_wanted_gradients_are_computed(calls: list[Any]) -> None:
+    x, weight, bias = drawn(8, 4).float(), drawn(3, 4).float(), drawn(3).float()
+    linear(x.requires_grad_(), weight, bias).sum().backward()
+    assert x.grad is not None
+    assert calls == [(8, 4, 3), (8, 3, 4)]  # the product, and the gradient of x
+    calls.clear()
+    linear(x.detach(), weight, bias.requires_grad_()).sum().backward()
+    assert bias.grad is not None
+    assert bias.grad.tolist() == [8, 8, 8]
+    assert calls == [(8, 4, 3)]
+    with torch.no_grad():
+        assert not linear(x, weight, bias).requires_grad
+
+
+def test_what_is_not_worth_it_or_not_float32_is_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch, calls: list[Any]
+) -> None:
+    x, weight = drawn(8, 4), drawn(3, 4)
+    for dtype in (torch.float64, torch.bfloat16):
+        assert torch.equal(linear(x.to(dtype), weight.to(dtype)), F.linear(x.to(dtype), weight.to(dtype)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(x.float(), weight.float()).dtype == torch.bfloat16
+    assert linear(x.float().to("meta"), weight.float().to("meta")).shape == (8, 3)
+    assert torch.equal(linear(x.float(), weight.float().as_subclass(OtherKind)), F.linear(x.float(), weight.float()))
+    assert linear(x[:0].float(), weight.float()).shape == (0, 3)
+    monkeypatch.setattr(module, "WORTH", 8 * 4 * 3 + 1)
+    linear(x.float(), weight.float())
+    assert not calls
+    monkeypatch.setattr(module, "WORTH", 8 * 4 * 3)
+    linear(x.float(), weight.float())
+    assert len(calls) == 1
+
+
+def test_layers_of_a_copy_use_the_copy_s_weights(calls: list[Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    names = list(model.state_dict())
+    assert len(speed_up(model)) == 2
+    assert speed_up(model) == []
+    assert list(model.state_dict()) == names
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    x = drawn(5, 4).float()
+    assert twin(x).abs().max() == 0
+    assert model(x).abs().max() > 0
+    assert len(calls) == 4
+
+
+def test_within_a_block_the_layers_are_fast_and_afterwards_as_before(calls: list[Any]) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    speed_up(model[0])
+
+    def fail() -> None:
+        with sped_up(model):
+            model(drawn(5, 4).float())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert len(calls) == 2
+    assert ["forward" in layer.__dict__ for layer in model] == [True, False]
+
+
+def test_nothing_changes_on_other_processors(monkeypatch: pytest.MonkeyPatch, calls: list[Any]) -> None:
+    monkeypatch.setattr(module, "onednn_is_faster", lambda: False)
+    model = nn.Linear(4, 3)
+    assert speed_up(model) == []
+    assert "forward" not in model.__dict__
+    linear(drawn(5, 4).float(), model.weight)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("capability", "vendor", "expected"),
+    [
+        ("AVX512", "vendor_id\t: AuthenticAMD\n", True),
+        ("AVX2", "vendor_id\t: AuthenticAMD\n", False),
+        ("AVX512", "vendor_id\t: GenuineIntel\n", False),
+        ("AVX512", "", False),
+    ],
+)
+def test_the_processor_is_known_by_name(
+    monkeypatch: pytest.MonkeyPatch, capability: str, vendor: str, expected: bool
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(module, "_vendor", lambda: vendor)
+    assert module.onednn_is_faster.__wrapped__() is expected
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+def test_a_model_s_log_probs_and_gradients_stay(architecture: str, calls: list[Any]) -> None:
+    plain = tiny_model(architecture=architecture)
+    fast = copy.deepcopy(plain)
+    speed_up(fast)
+    batch = sequences_of(["1+2=", "12+34=1"], ["3", "46"])
+    found = []
+    for model in (plain, fast):
+        out = policy_output(model, batch.sequence_ids, batch.attention_mask, batch.action_mask, temperature=1.0)
+        out.log_probs.sum().backward()
+        found.append([out.log_probs, *(p.grad for p in model.parameters())])
+    assert calls
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.detach().abs().max()) + 1e-7)
+
+
+def test_adapters_and_the_layers_under_them(calls: list[Any]) -> None:
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear"))
+    linears = [m for m in model.modules() if type(m) is nn.Linear]
+    ids, mask = padded_prompts(["1+2=", "12+34="])
+    before = model(input_ids=ids, attention_mask=mask).logits
+    assert len(speed_up(model)) == len(linears)
+    torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, before)
+    assert len(calls) == len(linears)
+
+
+def test_the_engine_generates_through_it_and_leaves_the_model_as_it_was(calls: list[Any]) -> None:
+    model = tiny_model(architecture="qwen2")
+    ids, mask = padded_prompts(["1+2=", "12+34=", "9"])
+    engine = SlotEngine(model, eos_token_ids={tokenizer.eos_token_id}, pad_token_id=tokenizer.pad_token_id)
+    calls.clear()
+    made = engine.generate(ids, mask, max_new_tokens=6, temperature=1.0, seeds=None)
+    assert calls
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    theirs = model.generate(
+        input_ids=ids, attention_mask=mask.long(), max_new_tokens=6, do_sample=False,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )[:, ids.shape[1] :]  # fmt: skip
+    assert made.token_ids.tolist() == theirs[:, : made.token_ids.shape[1]].tolist()
+
+
+def test_the_head_s_products_go_through_it(calls: list[Any]) -> None:
+    hidden, weight, ids = drawn(9, 6), drawn(11, 6, seed=1), torch.arange(9)
+
+    def log_probs(h: Tensor, w: Tensor) -> Tensor:
+        return token_terms(h, Head(w), ids).log_probs
+
+    exact = gradients(log_probs, [hidden, weight], torch.float64)
+    assert not calls
+    found = gradients(log_probs, [hidden, weight], torch.float32)
+    assert len(calls) == 3
+    for a, c in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-5)
