@@ -1,9 +1,10 @@
-"""Linear layers through oneDNN: the same numbers and gradients, only where asked, and gone afterwards.
+"""Linear layers through oneDNN: the same numbers and gradients, only where asked, and no trace afterwards.
 
 Whatever the processor, the tests take oneDNN for the faster one, and the smallest product for worth it.
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ from tiny import padded_prompts, sequences_of, tiny_model, tokenizer
 from torch import Tensor, nn
 
 from rlhf.lm import linear as module
-from rlhf.lm.generation import SlotEngine
+from rlhf.lm.generation import SlotEngine, slots
 from rlhf.lm.head import Head, token_terms
-from rlhf.lm.linear import linear, sped_up, speed_up
+from rlhf.lm.linear import linear, packed, packed_bytes, sped_up, speed_up
 from rlhf.lm.logprobs import policy_output
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -229,3 +230,153 @@ def test_the_head_s_products_go_through_it(calls: list[Any]) -> None:
     assert len(calls) == 3
     for a, c in zip(found, exact, strict=True):
         torch.testing.assert_close(a.double(), c, rtol=1e-4, atol=1e-5)
+
+
+# -- laid out once --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed as large ones are."""
+    monkeypatch.setattr(module, "PACKED_FROM", 1)
+
+
+def is_packed(layer: nn.Module) -> bool:
+    return getattr(layer.__dict__.get("forward"), "func", None) is module._forward_packed
+
+
+@pytest.mark.usefixtures("small_layers")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_layers_make_the_same_numbers(rows: int, bias: bool, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not module.has_bfloat16():
+        pytest.skip("a processor without bfloat16")
+    layer = nn.Linear(96, 40, bias=bias).to(dtype)
+    x = drawn(2, rows, 96).to(dtype)
+    with torch.inference_mode():
+        expected = layer(x)
+        with packed(layer):
+            assert is_packed(layer)
+            found = layer(x)
+    assert found.dtype == dtype
+    if dtype == torch.bfloat16:
+        assert torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_layers")
+def test_packed_copies_go_and_what_was_there_comes_back() -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4), nn.Linear(4, 2))
+    speed_up(model[0])
+    model[2].forward = hooked = partial(nn.Linear.forward, model[2])  # somebody else's, which is left alone
+
+    def fail() -> None:
+        with packed(model):
+            assert [is_packed(layer) for layer in model] == [True, True, False]
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not any(map(is_packed, model))
+    assert ["forward" in layer.__dict__ for layer in model] == [True, False, True]
+    assert model[2].forward is hooked
+    assert packed_bytes(model, torch.float32) == 4 * (48 + 24 + 8)
+    with torch.no_grad():
+        x = drawn(3, 8).float()
+        with packed(model):
+            model(x)
+        model[0].weight.zero_()
+        model[0].bias.zero_()
+        with packed(model[0]):
+            assert model[0](x).abs().max() == 0  # the weights of now
+
+
+@pytest.mark.usefixtures("small_layers")
+def test_what_does_not_gain_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = nn.Linear(8, 6)
+
+    def gains() -> bool:
+        with packed(layer):
+            return is_packed(layer)
+
+    assert gains()
+    with torch.autocast("cpu", torch.bfloat16):  # which casts the matrix in every product
+        assert not gains()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "PACKED_FROM", 49)
+        assert not gains()
+        patch.setattr(module, "PACKED_FROM", 48)
+        assert gains()
+        patch.setattr(module, "onednn_is_faster", lambda: False)
+        assert not gains()
+    layer = layer.bfloat16()
+    monkeypatch.setattr(module, "has_bfloat16", lambda: True)
+    assert gains()
+    monkeypatch.setattr(module, "has_bfloat16", lambda: False)
+    assert not gains()
+    for dtype in (torch.float16, torch.float64):
+        layer = layer.to(dtype)
+        assert not gains()
+        assert packed_bytes(layer, dtype) == 0
+
+
+@pytest.mark.usefixtures("small_layers")
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
+def test_the_engine_packs_where_completions_are_long_and_there_is_room(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(architecture=architecture)
+    ids, mask = padded_prompts(["1+2=", "12+34=", "9"])
+    engine = SlotEngine(model, eos_token_ids={tokenizer.eos_token_id}, pad_token_id=tokenizer.pad_token_id)
+    layers = [m for m in model.modules() if type(m) is nn.Linear]
+    seen: list[bool] = []
+    forward = module._forward_packed
+
+    def counted(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+        seen.append(True)
+        return forward(weight, bias, x)
+
+    monkeypatch.setattr(module, "_forward_packed", counted)
+
+    def made(tokens: int) -> tuple[list[list[int]], bool]:
+        seen.clear()
+        found = engine.generate(ids, mask, max_new_tokens=tokens, temperature=1.0, seeds=None)
+        assert not any("forward" in layer.__dict__ for layer in layers)
+        return found.token_ids.tolist(), bool(seen)
+
+    def expected(tokens: int) -> list[list[int]]:
+        whole = model.generate(
+            input_ids=ids, attention_mask=mask.long(), max_new_tokens=tokens, do_sample=False,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        return whole[:, ids.shape[1] :].tolist()
+
+    assert made(slots.PACKED_STEPS) == (expected(slots.PACKED_STEPS), True)
+    assert made(slots.PACKED_STEPS - 1) == (expected(slots.PACKED_STEPS - 1), False)
+    with torch.no_grad():
+        for parameter in model.parameters():  # as an optimizer does
+            parameter.mul_(0.7)
+    assert made(slots.PACKED_STEPS) == (expected(slots.PACKED_STEPS), True)
+    monkeypatch.setattr(slots, "CAST_SHARE", 0.0)
+    assert made(slots.PACKED_STEPS) == (expected(slots.PACKED_STEPS), False)
+
+
+@pytest.mark.usefixtures("small_layers")
+@pytest.mark.skipif(not module.has_bfloat16(), reason="a processor without bfloat16")
+def test_under_autocast_the_cast_weights_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    ids, mask = padded_prompts(["1+2=", "12+34=", "9"])
+    made = []
+    for steps in (16, 1000):  # packed; not
+        monkeypatch.setattr(slots, "PACKED_STEPS", steps)
+        engine = SlotEngine(
+            model,
+            eos_token_ids={tokenizer.eos_token_id},
+            pad_token_id=tokenizer.pad_token_id,
+            autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+        )
+        seeds = torch.arange(len(ids))
+        made.append(engine.generate(ids, mask, max_new_tokens=16, temperature=1.0, seeds=seeds))
+    assert torch.equal(made[0].token_ids, made[1].token_ids)
+    assert torch.equal(made[0].sampler_log_probs, made[1].sampler_log_probs)

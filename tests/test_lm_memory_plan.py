@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rlhf.algorithm import AlgorithmConfig
 from rlhf.checks import InputError
-from rlhf.lm import memory_plan
+from rlhf.lm import linear, memory_plan
 from rlhf.lm.config import AdapterConfig, OptimizationConfig, SamplingConfig, SourceConfig, TrainerConfig
 from rlhf.lm.generation import SlotEngine
 from rlhf.lm.layers import wrap_layers
@@ -213,6 +213,23 @@ def test_weights_cast_for_generating_are_planned() -> None:
     linear = [p for m in model.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()]
     sampling = 4 * 16 * model.config.vocab_size
     assert mixed.cache - sampling == (plain.cache - sampling) / 2 + 2 * sum(p.numel() for p in linear)
+
+
+@pytest.mark.parametrize("autocast_dtype", [None, torch.bfloat16])
+def test_matrices_laid_out_anew_for_generating_are_planned(
+    autocast_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "_gains_from_packing", lambda dtype: True)
+    monkeypatch.setattr(memory_plan, "PACKED_STEPS", NEW)
+    model, config = tiny_model(), config_of()
+    monkeypatch.setattr(linear, "PACKED_FROM", 10**9)
+    without = planned(model, config, autocast_dtype=autocast_dtype).cache
+    monkeypatch.setattr(linear, "PACKED_FROM", 1)
+    numbers = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    found = planned(model, config, autocast_dtype=autocast_dtype).cache
+    assert found - without == (4 if autocast_dtype is None else 2) * numbers
+    monkeypatch.setattr(memory_plan, "PACKED_STEPS", NEW + 1)
+    assert planned(model, config, autocast_dtype=autocast_dtype).cache == without
 
 
 def test_processes_share_the_sequences_and_pay_for_sending_gradients() -> None:

@@ -28,8 +28,10 @@ from rlhf.lm.config import OptimizerKind, TrainerConfig
 from rlhf.lm.critic import Critic, head_of
 from rlhf.lm.generation.casts import cast_bytes
 from rlhf.lm.generation.memory import SAMPLING_COPIES, free_bytes
+from rlhf.lm.generation.slots import PACKED_STEPS
 from rlhf.lm.head import CPU_CHUNK_BYTES, GPU_CHUNK_BYTES, KEPT_BYTES, widened
 from rlhf.lm.layers import wrap_layers
+from rlhf.lm.linear import packed_bytes
 from rlhf.lm.logprobs import trunk_of
 from rlhf.lm.lora import CRITIC, add_adapter, using
 from rlhf.lm.models import Roles, assemble_roles
@@ -50,7 +52,7 @@ class MemoryPlan:
     reference: int  # 0 where it is the actor without its adapter
     reward_models: int
     optimizer: int  # AdamW's moments
-    cache: int  # while generating: keys, values, the arrays that a token is sampled from, weights cast for autocast
+    cache: int  # while generating: keys, values, the arrays that a token is sampled from, copies of weights
     gradients: int  # while updating, as what follows
     activations: int | None  # saved for the backward pass of one micro-batch; None: the model could not be tried out
     head: int  # logits, their softmax and the output matrix's gradient
@@ -101,14 +103,16 @@ def plan_memory(
     tokens = min(max(budget, longest), longest * -(-share // optimization.minibatches))
     slots = min(sampling.generation_batch_size, share)
     reference = roles.reference is not None and roles.reference is not roles.actor
+    dtype = autocast_dtype or actor.dtype
+    cast = 0 if autocast_dtype is None else cast_bytes(actor, autocast_dtype)
+    packed = packed_bytes(actor, dtype) if device.type == "cpu" and sampling.max_new_tokens >= PACKED_STEPS else 0
     return MemoryPlan(
         actor=_held_by(roles.actor),
         critic=0 if roles.critic is None else _held_by(roles.critic),
         reference=_held_by(roles.actor) if reference else 0,
         reward_models=sum(_held_by(model) for model in reward_models),
         optimizer=_moments_bytes(trained, optimization.optimizer),
-        cache=slots * _cache_bytes(actor, longest, autocast_dtype or actor.dtype)
-        + (0 if autocast_dtype is None else cast_bytes(actor, autocast_dtype)),
+        cache=slots * _cache_bytes(actor, longest, dtype) + cast + packed,
         gradients=gradients * (1 if num_processes == 1 else 3),  # one copy to send, one received
         activations=_saved_by(roles, tokens, longest, autocast_dtype, recompute=optimization.gradient_checkpointing),
         head=_head_bytes(actor, tokens * sampling.max_new_tokens // longest, device),

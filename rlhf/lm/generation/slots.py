@@ -23,9 +23,10 @@ from rlhf.lm.generation.memory import free_bytes, is_out_of_memory, plan_slots
 from rlhf.lm.generation.protocol import Completions, Truncation
 from rlhf.lm.generation.sampling import draw_uniforms
 from rlhf.lm.generation.schedule import Admission, Requests, Schedule
-from rlhf.lm.linear import sped_up
+from rlhf.lm.linear import packed, packed_bytes, sped_up
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}  # in one forward, padding included
+PACKED_STEPS = 16  # tokens of the longest completion; laying a matrix out anew costs several products with it
 GRAPHS_ON = "cuda"
 
 
@@ -96,7 +97,13 @@ class SlotEngine:
         sampler = Sampler(uniforms, temperature, truncation)
         device = prompt_ids.device
         # inference_mode: no version counters and no views' bookkeeping, a fifth of a small model's forward
-        with torch.inference_mode(), self.autocast(), self._cast_once(device), sped_up(self.model):
+        with (
+            torch.inference_mode(),
+            self.autocast(),
+            self._cast_once(device),
+            sped_up(self.model),
+            self._packed(requests, device),
+        ):
             shapes = self._layer_shapes(device)
             slots = plan_slots(
                 shapes,
@@ -189,6 +196,14 @@ class SlotEngine:
         room = CAST_SHARE * (free_bytes(device) + self._casts.held_bytes)
         is_useful = self._may_cast[dtype, device] and cast_bytes(self.model, dtype) <= room
         return self._casts.in_place(self.model, dtype) if is_useful else nullcontext()
+
+    def _packed(self, requests: Requests, device: torch.device) -> AbstractContextManager[None]:
+        """Within: on a CPU, matrices in the layout that is multiplied fastest, where there is room and time to gain."""
+        if device.type != "cpu" or max(requests.limits) < PACKED_STEPS:
+            return nullcontext()
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.model.dtype
+        is_useful = packed_bytes(self.model, dtype) <= CAST_SHARE * free_bytes(device)
+        return packed(self.model) if is_useful else nullcontext()
 
     def _layer_shapes(self, device: torch.device) -> list[LayerShape]:
         """Found by running a few tokens, any, once for each precision."""
