@@ -4,7 +4,7 @@
 
 Billions of operations per second of process time, best of `repeats`. Each product takes the next of twenty matrices, so
 that they come from memory as a model's layers do. forward: x W^T; gradients: those of x and W together; packed: forward
-by a matrix laid out before (`packed`), as generation does, and how many products that took.
+by a matrix laid out before (`packed`), as generation does; layout: how many of these products laying it out takes.
 """
 
 import itertools
@@ -86,9 +86,18 @@ def through_packed(x: Tensor, weights: list[Tensor], repeats: int) -> tuple[floa
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     print(f"oneDNN is taken for float32: {onednn_is_faster()}; for packed bfloat16: {has_bfloat16()}\n")
-    print(
-        "| type | rows | in x out | torch forward | ours | torch gradients | ours | packed forward | layout / product |"
+    titles = (
+        "type",
+        "rows",
+        "in x out",
+        "torch forward",
+        "ours",
+        "torch gradients",
+        "ours",
+        "packed forward",
+        "layout",
     )
+    print(f"| {' | '.join(titles)} |")
     print("|---|---|---|---|---|---|---|---|---|")
     for dtype, (width, out), rows in itertools.product((torch.float32, torch.bfloat16), options.sizes, options.rows):
         x = torch.randn(rows, width).to(dtype)
