@@ -1,4 +1,4 @@
-"""Linear layers at a processor's full speed, by oneDNN, which torch carries beside MKL (`benchmarks/linear.py`).
+"""Linear layers at a CPU's full speed, by oneDNN, which torch carries beside MKL (`benchmarks/linear.py`).
 
 In float32 torch leaves their products to MKL, which uses 512-bit instructions on Intel's processors alone. oneDNN uses
 them on all: 2.3 times as fast on an AMD EPYC of 2024. The results are the same to float32's rounding.
@@ -19,37 +19,46 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-WORTH = 2**20  # multiplications; of fewer, preparing oneDNN's call takes longer than it saves
-PACKED_FROM = 2**17  # numbers in a matrix; smaller ones are multiplied by a single row before oneDNN has begun
+WORTH = 2**21  # multiplications; of fewer, preparing oneDNN's call takes longer than it saves
+# In inference mode the matrix decides alone, by its numbers, so that a row's result hardly depends on how many others
+# there are. From the second on it is packed; smaller ones are multiplied by a row before oneDNN has begun.
+STEADY_FROM, PACKED_FROM = 2**16, 2**17
 PLAIN = (Tensor, nn.Parameter)  # not what only looks like a matrix: quantised, or spread over devices
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`, by whichever library is faster: [..., K], [N, K], [N] -> [..., N].
 
-    Gradients are those of `torch.nn.functional.linear`, but cannot be differentiated again.
+    Gradients are those of `torch.nn.functional.linear`, but cannot be differentiated again, nor forwards.
     """
-    if not _is_faster(x, weight):
+    if torch.compiler.is_compiling() or not _is_faster(x, weight, bias):  # what is compiled chooses for itself
         return F.linear(x, weight, bias)
     is_differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     return _Linear.apply(x, weight, bias) if is_differentiated else _product(x, weight, bias)
 
 
-def speed_up(*models: nn.Module) -> list[nn.Linear]:
-    """Linear layers compute by `linear` from now on, and so do those of a copy: the layers that did not before.
+class FastLinear(nn.Linear):
+    """A linear layer that computes by `linear`."""
 
-    Nothing changes where MKL is as fast.
-    """
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
+LINEAR = (nn.Linear, FastLinear)  # layers that do no more than multiply
+
+
+def speed_up(*models: nn.Module) -> list[nn.Linear]:
+    """Linear layers on an AMD processor compute by `linear` from now on; returns those that did not before."""
     if not onednn_is_faster():
         return []
     layers = [
         module
         for model in models
         for module in model.modules()
-        if type(module) is nn.Linear and "forward" not in module.__dict__
+        if type(module) is nn.Linear and module.weight.device.type == "cpu" and "forward" not in module.__dict__
     ]
     for layer in layers:
-        layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+        layer.__class__ = FastLinear
     return layers
 
 
@@ -61,25 +70,31 @@ def sped_up(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            layer.__class__ = nn.Linear
 
 
 @contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
-    """Within, in inference mode: linear layers multiply by copies of their present weights, in oneDNN's own layout."""
-    layers = _packable(model)
-    before = [layer.__dict__.get("forward") for layer in layers]
+    """Within, in inference mode: linear layers multiply by copies of their present weights, in oneDNN's own layout.
+    Where memory runs out, they do not."""
+    layers = [layer for layer in _large(model) if _is_packable(layer)]
     try:
-        for layer in layers:
-            layout = torch.ops.mkldnn._reorder_linear_weight.default(layer.weight)
-            layer.forward = partial(_forward_packed, layout, layer.bias)  # type: ignore[method-assign]
+        try:
+            for layer in layers:
+                layout = torch.ops.mkldnn._reorder_linear_weight.default(layer.weight)
+                layer.forward = partial(_forward_packed, layer, layout)  # type: ignore[method-assign]
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):
+                raise
+            _unpack(layers)
         yield
     finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is not None:
-                layer.forward = forward  # type: ignore[method-assign]
-            elif "forward" in layer.__dict__:
-                del layer.forward
+        _unpack(layers)
+
+
+def _unpack(layers: list[nn.Linear]) -> None:
+    for layer in layers:
+        layer.__dict__.pop("forward", None)
 
 
 def packed_bytes(model: nn.Module, dtype: torch.dtype) -> int:
@@ -87,23 +102,16 @@ def packed_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     return dtype.itemsize * sum(layer.weight.numel() for layer in _large(model)) if _gains_from_packing(dtype) else 0
 
 
-def _packable(model: nn.Module) -> list[nn.Linear]:
-    """Whose `forward` is torch's or ours, not somebody else's."""
-    found = ((layer, layer.__dict__.get("forward")) for layer in _large(model))
-    return [
-        layer
-        for layer, forward in found
-        if _is_packable(layer.weight) and (forward is None or getattr(forward, "func", None) is _forward)
-    ]
-
-
 def _large(model: nn.Module) -> list[nn.Linear]:
-    return [m for m in model.modules() if type(m) is nn.Linear and m.weight.numel() >= PACKED_FROM]
+    layers = (module for module in model.modules() if isinstance(module, nn.Linear) and type(module) in LINEAR)
+    return [layer for layer in layers if layer.weight.numel() >= PACKED_FROM]
 
 
-def _is_packable(weight: Tensor) -> bool:
-    is_cast = torch.is_autocast_enabled("cpu") and weight.dtype != torch.get_autocast_dtype("cpu")  # in every product
-    return type(weight) in PLAIN and weight.device.type == "cpu" and not is_cast and _gains_from_packing(weight.dtype)
+def _is_packable(layer: nn.Linear) -> bool:
+    """Not where somebody else has changed how it computes."""
+    is_cast = torch.is_autocast_enabled("cpu") and layer.weight.dtype != torch.get_autocast_dtype("cpu")  # every time
+    is_ours = "forward" not in layer.__dict__ and not layer._forward_pre_hooks
+    return is_ours and not is_cast and _gains_from_packing(layer.weight.dtype) and _fits(layer.weight, layer.bias)
 
 
 def _gains_from_packing(dtype: torch.dtype) -> bool:
@@ -112,8 +120,10 @@ def _gains_from_packing(dtype: torch.dtype) -> bool:
 
 @cache
 def has_bfloat16() -> bool:
-    """Whether torch multiplies bfloat16 matrices by oneDNN here."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether the processor has instructions for it, and torch multiplies such matrices by oneDNN."""
+    if not torch.backends.mkldnn.is_available() or not torch.cpu._is_avx512_bf16_supported():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @cache
@@ -135,24 +145,35 @@ def _vendor() -> str:
         return next((line for line in lines if line.startswith("vendor_id")), "")
 
 
-def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    return linear(x, layer.weight, layer.bias)
+def _forward_packed(layer: nn.Linear, layout: Tensor, x: Tensor) -> Tensor:
+    if x.dtype != layout.dtype and not torch.is_autocast_enabled("cpu"):
+        return F.linear(x, layer.weight, layer.bias)  # says what is wrong
+    return _product(x.to(layout.dtype), layout, layer.bias)
 
 
-def _forward_packed(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    return _product(x.to(weight.dtype), weight, bias)
-
-
-def _is_faster(x: Tensor, weight: Tensor) -> bool:
+def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    is_steady = torch.is_inference_mode_enabled()
     return (
-        x.numel() * len(weight) >= WORTH
+        (weight.numel() >= STEADY_FROM and x.numel() > 0 if is_steady else x.numel() * len(weight) >= WORTH)
         and x.dtype == weight.dtype == torch.float32
+        and _fits(weight, bias)
         and type(x) in PLAIN
-        and type(weight) in PLAIN
         and x.device.type == "cpu"
+        and x.shape[-1] == weight.shape[1]
         and onednn_is_faster()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()  # which chooses for itself
+    )
+
+
+def _fits(weight: Tensor, bias: Tensor | None) -> bool:
+    """What oneDNN is not asked about: it would read past the end."""
+    if type(weight) not in PLAIN or weight.device.type != "cpu" or weight.dim() != 2:
+        return False
+    return bias is None or (
+        bias.device.type == "cpu"
+        and bias.dtype == weight.dtype
+        and bias.shape == (len(weight),)
+        and bias.is_contiguous()
     )
 
 
@@ -164,17 +185,17 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         return _product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        rows = d_out.reshape(-1, len(weight))
+        rows = d_out.reshape(-1, d_out.shape[-1])
         return (
-            _product(d_out, weight.T) if wants_x else None,
-            _product(rows.T, x.reshape(-1, x.shape[-1]).T) if wants_weight else None,
-            rows.sum(0) if wants_bias else None,
+            None if weight is None else _product(d_out, weight.T),
+            None if x is None else _product(rows.T, x.reshape(-1, x.shape[-1]).contiguous().T),
+            rows.sum(0) if ctx.needs_input_grad[2] else None,
         )

@@ -13,6 +13,7 @@ from rlhf.checks import InputError
 from rlhf.lm.attention import evaluating, hides_windows
 from rlhf.lm.batching import LayoutKind, lay_out
 from rlhf.lm.head import Head, token_terms, widened
+from rlhf.lm.linear import LINEAR
 from rlhf.lm.shared_prompts import attending
 from rlhf.losses import categorical_entropy
 
@@ -241,10 +242,10 @@ def output_head(model: PreTrainedModel) -> Head | None:
 def _linear_head(model: PreTrainedModel) -> Head | None:
     module: Any = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if type(module) is nn.Linear:
+    if isinstance(module, nn.Linear) and type(module) in LINEAR:
         return Head(module.weight, module.bias, softcap)
     base = getattr(module, "base_layer", None)
-    if type(base) is not nn.Linear or not hasattr(module, "get_delta_weight"):
+    if not isinstance(base, nn.Linear) or type(base) not in LINEAR or not hasattr(module, "get_delta_weight"):
         return None
     weight = base.weight  # a peft LoRA layer
     active = [] if module.merged or module.disable_adapters else module.active_adapters

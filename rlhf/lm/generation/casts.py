@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.lm.attention import evaluating
 from rlhf.lm.generation.memory import is_out_of_memory
+from rlhf.lm.linear import LINEAR
 
 CAST_SHARE = 0.25  # of free memory that copies may take
 
@@ -80,7 +81,7 @@ def _castable(model: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     return [
         (layer, name, parameter)
         for layer in model.modules()
-        if type(layer) in (nn.Linear, Conv1D)
+        if type(layer) in (*LINEAR, Conv1D)
         for name, parameter in layer.named_parameters(recurse=False)
         if parameter.dtype == torch.float32
     ]

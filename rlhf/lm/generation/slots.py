@@ -6,10 +6,11 @@ sequence ends is given to the next request at once, and without one left, the la
 forward is only ever about sequences that still run.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,6 +28,7 @@ from rlhf.lm.linear import packed, packed_bytes, sped_up
 
 PREFILL_TOKENS = {"cpu": 2048, "cuda": 32768}  # in one forward, padding included
 PACKED_STEPS = 32  # tokens of the longest completion; laying a matrix out costs as much as up to 20 products save
+PACKED_SHARE = 0.125  # of the machine's memory that these copies may take
 GRAPHS_ON = "cuda"
 
 
@@ -101,8 +103,7 @@ class SlotEngine:
             torch.inference_mode(),
             self.autocast(),
             self._cast_once(device),
-            sped_up(self.model),
-            self._packed(requests, device),
+            self._at_full_speed(requests, device),
         ):
             shapes = self._layer_shapes(device)
             slots = plan_slots(
@@ -197,13 +198,18 @@ class SlotEngine:
         is_useful = self._may_cast[dtype, device] and cast_bytes(self.model, dtype) <= room
         return self._casts.in_place(self.model, dtype) if is_useful else nullcontext()
 
-    def _packed(self, requests: Requests, device: torch.device) -> AbstractContextManager[None]:
-        """Within: on a CPU, matrices in the layout that is multiplied fastest, where there is room and time to gain."""
-        if device.type != "cpu" or max(requests.limits) < PACKED_STEPS:
-            return nullcontext()
+    @contextmanager
+    def _at_full_speed(self, requests: Requests, device: torch.device) -> Iterator[None]:
+        """Within: on a CPU, linear layers by the faster library, and matrices laid out once where that is repaid."""
+        if device.type != "cpu":
+            yield
+            return
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.model.dtype
-        is_useful = packed_bytes(self.model, dtype) <= CAST_SHARE * free_bytes(device)
-        return packed(self.model) if is_useful else nullcontext()
+        # Not of what is free now: float32's last bits depend on it, and a run must be repeatable.
+        has_room = packed_bytes(self.model, dtype) <= PACKED_SHARE * psutil.virtual_memory().total
+        is_repaid = max(requests.limits) >= PACKED_STEPS
+        with sped_up(self.model), packed(self.model) if has_room and is_repaid else nullcontext():
+            yield
 
     def _layer_shapes(self, device: torch.device) -> list[LayerShape]:
         """Found by running a few tokens, any, once for each precision."""
