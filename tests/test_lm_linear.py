@@ -32,16 +32,16 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Shapes of what oneDNN is asked for."""
     asked: list[tuple[int, ...]] = []
-    product = module._product
+    multiplied = module._multiplied
 
-    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        asked.append((*x.shape, len(weight)))
-        return product(x, weight, bias)
+    def counted(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        asked.append((*rows.shape, len(weight)))
+        return multiplied(rows, weight, bias)
 
     monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(module, "WORTH", 1)
     monkeypatch.setattr(module, "STEADY_FROM", 1)
-    monkeypatch.setattr(module, "_product", counted)
+    monkeypatch.setattr(module, "_multiplied", counted)
     return asked
 
 
@@ -89,6 +89,17 @@ def test_strides_do_not_matter() -> None:
     F.linear(x.float(), b).sum().backward()
     assert a.grad is not None
     torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_few_different_numbers_of_rows_are_asked_for(calls: list[Any]) -> None:
+    """Each would stay in memory as a program of its own."""
+    weight = drawn(3, 4).float().requires_grad_()
+    for rows in range(1, 300):
+        x = drawn(rows, 4).float().requires_grad_()
+        linear(x, weight).sum().backward()
+        torch.testing.assert_close(x.grad, weight.detach().sum(0).expand(rows, -1))
+    assert {count for count, *_ in calls[::3]} == {*range(1, 9), 16, 32, 48, 64, 128, 192, 256, 320}
+    assert len(set(calls)) <= 3 * (8 + 4 + 4)
 
 
 def test_only_wanted_gradients_are_computed(calls: list[Any]) -> None:

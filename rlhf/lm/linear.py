@@ -178,8 +178,26 @@ def _fits(weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    rows = x.reshape(-1, x.shape[-1])
+    return _multiplied(_lengthened(rows), weight, bias)[: len(rows)].view(*x.shape[:-1], -1)
+
+
+def _multiplied(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, weight, bias, "none", [], "")
     return product
+
+
+def _lengthened(rows: Tensor) -> Tensor:
+    """With rows of zeros up to a round number. oneDNN makes a program for each number of rows, which takes milliseconds
+    and splits the free memory, and keeps the last 1,024."""
+    count = len(rows)
+    missing = -count % (1 if count <= 8 else 16 if count <= 64 else 64)
+    if missing == 0:
+        return rows
+    longer = rows.new_empty(count + missing, rows.shape[1])
+    longer[:count] = rows
+    longer[count:] = 0
+    return longer
 
 
 class _Linear(torch.autograd.Function):
@@ -193,9 +211,11 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows = d_out.reshape(-1, d_out.shape[-1])
-        return (
-            None if weight is None else _product(d_out, weight.T),
-            None if x is None else _product(rows.T, x.reshape(-1, x.shape[-1]).contiguous().T),
-            rows.sum(0) if ctx.needs_input_grad[2] else None,
-        )
+        d_rows = d_out.reshape(-1, d_out.shape[-1])
+        longer = _lengthened(d_rows)
+        d_x = d_weight = None
+        if weight is not None:
+            d_x = _multiplied(longer, weight.T)[: len(d_rows)].view(*d_out.shape[:-1], -1)
+        if x is not None:
+            d_weight = _multiplied(longer.T, _lengthened(x.reshape(-1, x.shape[-1])).contiguous().T)
+        return d_x, d_weight, d_rows.sum(0) if ctx.needs_input_grad[2] else None
