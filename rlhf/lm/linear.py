@@ -178,6 +178,8 @@ def _fits(weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if _missing(x.numel() // x.shape[-1]) == 0:
+        return _multiplied(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     return _multiplied(_lengthened(rows), weight, bias)[: len(rows)].view(*x.shape[:-1], -1)
 
@@ -188,16 +190,20 @@ def _multiplied(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def _lengthened(rows: Tensor) -> Tensor:
-    """With rows of zeros up to a round number. oneDNN makes a program for each number of rows, which takes milliseconds
-    and splits the free memory, and keeps the last 1,024."""
-    count = len(rows)
-    missing = -count % (1 if count <= 8 else 16 if count <= 64 else 64)
+    """With rows of zeros up to a round number."""
+    missing = _missing(len(rows))
     if missing == 0:
         return rows
-    longer = rows.new_empty(count + missing, rows.shape[1])
-    longer[:count] = rows
-    longer[count:] = 0
+    longer = rows.new_empty(len(rows) + missing, rows.shape[1])
+    longer[: len(rows)] = rows
+    longer[len(rows) :] = 0
     return longer
+
+
+def _missing(rows: int) -> int:
+    """To a round number. oneDNN makes a program for each number of rows, which takes milliseconds and splits the free
+    memory, and keeps the last 1,024."""
+    return -rows % (1 if rows <= 8 else 16 if rows <= 64 else 32)
 
 
 class _Linear(torch.autograd.Function):
