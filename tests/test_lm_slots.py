@@ -37,7 +37,7 @@ from transformers import (
 from rlhf.checks import InputError
 from rlhf.lm.attention import ungrouped
 from rlhf.lm.generation import Completions, SlotEngine, TransformersEngine, Truncation, build_engine, slots
-from rlhf.lm.generation.attention import SlotAttention
+from rlhf.lm.generation.attention import LayerShape, SlotAttention
 from rlhf.lm.generation.casts import CastWeights
 from rlhf.lm.generation.graphs import DecodeGraphs
 from rlhf.lm.generation.memory import plan_slots
@@ -667,6 +667,22 @@ def test_requests_that_cannot_be_served_are_refused() -> None:
             Truncation(**wrong)
 
 
+@pytest.mark.parametrize(("dtype", "columns_last"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_values_lie_as_a_cpu_multiplies_them_fastest(dtype: torch.dtype, columns_last: bool) -> None:
+    """float32: the same number of all tokens together; bfloat16: all numbers of a token. After growing, too."""
+    cache = SlotAttention(2, 8, [LayerShape(2, 4, 6, dtype)], torch.device("cpu"))
+    cache.values[0].normal_()
+    before = cache.values[0].clone()
+    cache.grow(12)
+    (grown,) = cache.values
+    assert grown.shape == (2, 2, 12, 6)
+    assert grown.transpose(2, 3).is_contiguous() == columns_last
+    assert grown.is_contiguous() != columns_last
+    assert torch.equal(grown[:, :, :8], before)
+    assert not grown[:, :, 8:].any()
+    assert cache.keys[0].is_contiguous()
+
+
 @pytest.mark.parametrize("where", ["zeros", "forward"])
 def test_out_of_memory_means_fewer_slots(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
@@ -706,7 +722,7 @@ def cache_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         if memory.taken + tensor.nbytes > memory.size:
             raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
         memory.taken += tensor.nbytes
-        weakref.finalize(tensor, lambda n: setattr(memory, "taken", memory.taken - n), tensor.nbytes)
+        weakref.finalize(tensor.untyped_storage(), lambda n: setattr(memory, "taken", memory.taken - n), tensor.nbytes)
         return tensor
 
     monkeypatch.setattr(torch, "zeros", zeros)
