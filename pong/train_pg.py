@@ -41,6 +41,7 @@ def defaults(game: str = "pong") -> PongConfig:
         rollout_steps=256,
         minibatch_size=2048,
         learning_rate=2e-3,
+        final_learning_rate=2e-4,
     )
     run = replace(fast.run, run_dir=Path(f"runs/{game}_pg"))
     return replace(fast, algorithm=algorithm, optimization=optimization, run=run)
