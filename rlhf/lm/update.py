@@ -194,24 +194,37 @@ def surrogate_objective(
     Returns:
         ([] loss in reward units, its terms and diagnostics [] by metric name).
     """
-    algorithm, temperature = config.algorithm, config.sampling.temperature
-    sequences, mask = part.sequences, part.sequences.action_mask
-    args = (sequences.sequence_ids, sequences.attention_mask, mask)
-
-    def reduced(per_token: Tensor) -> Tensor:
-        length = config.sampling.max_new_tokens
-        return reduce(per_token, mask, how=algorithm.reduction, denominator=shared.policy, length=length)
-
+    sequences, algorithm = part.sequences, config.algorithm
     policy = policy_output(
         roles.actor,
-        *args,
-        temperature=temperature,
+        sequences.sequence_ids,
+        sequences.attention_mask,
+        sequences.action_mask,
+        temperature=config.sampling.temperature,
         with_entropy=algorithm.entropy_coef > 0 or observe is not None,
         with_hidden=roles.critic_reads_actor,
         layout=layout,
     )
     if observe is not None:
         observe(policy)
+    loss, terms = _policy_terms(policy, part, config, shared.policy)
+    if roles.critic is not None:
+        value_terms = _value_terms(roles.critic, part, config, shared.value, policy.hidden, layout)
+        loss = loss + algorithm.value_coef * value_terms["value/loss"]
+        terms |= value_terms
+    return loss, terms
+
+
+def _policy_terms(
+    policy: PolicyOutput, part: Experience, config: TrainerConfig, denominator: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The actor's part of the objective: its sum, and its terms by metric name."""
+    algorithm, mask = config.algorithm, part.sequences.action_mask
+
+    def reduced(per_token: Tensor) -> Tensor:
+        length = config.sampling.max_new_tokens
+        return reduce(per_token, mask, how=algorithm.reduction, denominator=denominator, length=length)
+
     old_log_probs = policy.log_probs.detach() if part.old_log_probs is None else part.old_log_probs
     surrogate = policy_loss(
         algorithm,
@@ -236,10 +249,6 @@ def surrogate_objective(
         kl = reduced(kl_to_reference(algorithm, policy.log_probs, part.ref_log_probs, mask))
         loss = loss + algorithm.kl_loss_coef * kl
         terms["kl/loss"] = kl
-    if roles.critic is not None:
-        value_terms = _value_terms(roles.critic, part, config, shared.value, policy.hidden, layout)
-        loss = loss + algorithm.value_coef * value_terms["value/loss"]
-        terms |= value_terms
     return loss, terms
 
 
