@@ -297,7 +297,7 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
     if is_pong:
         # A miss follows the stroke at once, a won point 20 steps later: a short horizon first teaches to return balls,
         # a longer one then to attack.
-        algorithm = replace(algorithm, gamma=0.97, final_gamma=0.99, entropy_coef=0.003)
+        algorithm = replace(algorithm, gamma=0.97, final_gamma=0.99)
     network = NetworkConfig(channels=(16, 32), kernels=((8, 8), (4, 4)), strides=((4, 4), (2, 2)), hidden=256)
     shared = GameConfig(game=game, subtract_background=is_pong, pixel_unit=32.0 if is_pong else 255.0)
     shared = replace(shared, reward_ends_credit=is_pong)
@@ -306,12 +306,10 @@ def preset(name: Preset, game: str = "pong") -> PongConfig:
             game=replace(shared, repeat_action_probability=0.25),
             algorithm=algorithm,
             network=network,
-            optimization=OptimizationConfig(total_steps=3_000_000, learning_rate=1e-3, final_learning_rate=1e-5),
+            optimization=OptimizationConfig(total_steps=7_500_000, learning_rate=1e-3, final_learning_rate=1e-5),
         )
     fast = replace(shared, frame_height=105, frame_width=80)
     if is_pong:
-        # A game without chance repeats itself, and so would a policy that makes up its mind early.
-        algorithm = replace(algorithm, entropy_coef=0.01)
         # NOOP, RIGHT (up), LEFT (down), whose FIRE variants do the same; the field without score board and borders.
         fast = replace(fast, actions=(0, 2, 3), crop_top=17, crop_bottom=97, max_pool=False)
     return PongConfig(
