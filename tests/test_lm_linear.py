@@ -332,7 +332,7 @@ def test_the_head_s_products_go_through_it(calls: list[Any]) -> None:
 @pytest.fixture
 def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed as large ones are."""
-    monkeypatch.setattr(module, "PACKED_FROM", 1)
+    monkeypatch.setitem(module.PACKED_FROM, torch.float32, 1)
 
 
 def is_packed(layer: nn.Module) -> bool:
@@ -419,15 +419,15 @@ def test_what_does_not_gain_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> No
     layer = nn.Linear(8, 6)
 
     def gains() -> bool:
-        return module._is_packable(layer) and layer in module._large(layer)
+        return module._is_packable(layer) and packed_bytes(layer, layer.weight.dtype) > 0
 
     assert gains()
     with torch.autocast("cpu", torch.bfloat16):  # which casts the matrix in every product
         assert not gains()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "PACKED_FROM", 49)
+        patch.setitem(module.PACKED_FROM, torch.float32, 49)
         assert not gains()
-        patch.setattr(module, "PACKED_FROM", 48)
+        patch.setitem(module.PACKED_FROM, torch.float32, 48)
         assert gains()
         patch.setattr(module, "onednn_is_faster", lambda: False)
         assert not gains()

@@ -219,12 +219,13 @@ def test_weights_cast_for_generating_are_planned() -> None:
 def test_matrices_laid_out_anew_for_generating_are_planned(
     autocast_dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear, "_gains_from_packing", lambda dtype: True)
+    monkeypatch.setattr(linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(linear, "has_bfloat16", lambda: True)
     monkeypatch.setattr(memory_plan, "PACKED_STEPS", NEW)
     model, config = tiny_model(), config_of()
-    monkeypatch.setattr(linear, "PACKED_FROM", 10**9)
+    monkeypatch.setattr(linear, "PACKED_FROM", {})
     without = planned(model, config, autocast_dtype=autocast_dtype).cache
-    monkeypatch.setattr(linear, "PACKED_FROM", 1)
+    monkeypatch.setattr(linear, "PACKED_FROM", {torch.float32: 1, torch.bfloat16: 1})
     numbers = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     found = planned(model, config, autocast_dtype=autocast_dtype).cache
     assert found - without == (4 if autocast_dtype is None else 2) * numbers

@@ -21,8 +21,9 @@ from torch.autograd.function import once_differentiable
 
 WORTH = 2**21  # multiplications; of fewer, preparing oneDNN's call takes longer than it saves
 # In inference mode the matrix decides alone, by its numbers, so that a row's result hardly depends on how many others
-# there are. From the second on it is packed; smaller ones are multiplied by a row before oneDNN has begun.
-STEADY_FROM, PACKED_FROM = 2**16, 2**17
+# there are; smaller ones are multiplied by a row before oneDNN has begun.
+STEADY_FROM = 2**16
+PACKED_FROM = {torch.float32: 2**17, torch.bfloat16: 1}  # numbers; bfloat16 is oneDNN's in any case
 PLAIN = (Tensor, nn.Parameter)  # not what only looks like a matrix: quantised, or spread over devices
 
 
@@ -77,7 +78,7 @@ def sped_up(model: nn.Module) -> Iterator[None]:
 def packed(model: nn.Module) -> Iterator[None]:
     """Within, in inference mode: linear layers multiply by copies of their present weights, in oneDNN's own layout.
     Where memory runs out, they do not."""
-    layers = [layer for layer in _large(model) if _is_packable(layer)]
+    layers = [layer for layer in _linear_layers(model) if _is_packable(layer)]
     try:
         try:
             for layer in layers:
@@ -99,23 +100,27 @@ def _unpack(layers: list[nn.Linear]) -> None:
 
 def packed_bytes(model: nn.Module, dtype: torch.dtype) -> int:
     """What the copies take on a CPU, if the model computes in this type."""
-    return dtype.itemsize * sum(layer.weight.numel() for layer in _large(model)) if _gains_from_packing(dtype) else 0
+    sizes = [layer.weight.numel() for layer in _linear_layers(model)]
+    return dtype.itemsize * sum(size for size in sizes if _gains_from_packing(dtype, size))
 
 
-def _large(model: nn.Module) -> list[nn.Linear]:
-    layers = (module for module in model.modules() if isinstance(module, nn.Linear) and type(module) in LINEAR)
-    return [layer for layer in layers if layer.weight.numel() >= PACKED_FROM]
+def _linear_layers(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear) and type(module) in LINEAR]
 
 
 def _is_packable(layer: nn.Linear) -> bool:
     """Not where somebody else has changed how it computes."""
-    is_cast = torch.is_autocast_enabled("cpu") and layer.weight.dtype != torch.get_autocast_dtype("cpu")  # every time
+    dtype = layer.weight.dtype
+    is_cast = torch.is_autocast_enabled("cpu") and dtype != torch.get_autocast_dtype("cpu")  # every time
     is_ours = "forward" not in layer.__dict__ and not layer._forward_pre_hooks
-    return is_ours and not is_cast and _gains_from_packing(layer.weight.dtype) and _fits(layer.weight, layer.bias)
+    gains = _gains_from_packing(dtype, layer.weight.numel())
+    return is_ours and not is_cast and gains and _fits(layer.weight, layer.bias)
 
 
-def _gains_from_packing(dtype: torch.dtype) -> bool:
-    return onednn_is_faster() if dtype == torch.float32 else dtype == torch.bfloat16 and has_bfloat16()
+def _gains_from_packing(dtype: torch.dtype, numbers: int) -> bool:
+    if numbers < PACKED_FROM.get(dtype, numbers + 1):
+        return False
+    return onednn_is_faster() if dtype == torch.float32 else has_bfloat16()
 
 
 @cache
