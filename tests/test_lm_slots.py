@@ -37,6 +37,7 @@ from transformers import (
 from rlhf.checks import InputError
 from rlhf.lm.attention import ungrouped
 from rlhf.lm.generation import Completions, SlotEngine, TransformersEngine, Truncation, build_engine, slots
+from rlhf.lm.generation import attention as attention_module
 from rlhf.lm.generation.attention import LayerShape, SlotAttention
 from rlhf.lm.generation.casts import CastWeights
 from rlhf.lm.generation.graphs import DecodeGraphs
@@ -665,6 +666,21 @@ def test_requests_that_cannot_be_served_are_refused() -> None:
     for wrong in ({"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.5}):
         with pytest.raises(InputError):
             Truncation(**wrong)
+
+
+@pytest.mark.parametrize("few_keys", [0, 2**17])
+def test_bfloat16_is_attended_to_as_well_by_either_kernel(few_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written out, and by torch's kernel: no further from float64 than its own roundings, whose unit is 1/256."""
+    monkeypatch.setattr(attention_module, "FEW_KEYS", few_keys)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, 2, n, 16, generator=generator).bfloat16() for n in (3, 20, 20))
+    mask = torch.zeros(3, 1, 1, 20).masked_fill_(
+        torch.arange(20) > torch.tensor([4, 19, 11])[:, None, None, None], -torch.inf
+    )
+    scores = query.double() @ key.double().transpose(2, 3) / 4 + mask
+    found = attention_module._attention(query, key, value, mask.bfloat16(), 0.25, None)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), scores.softmax(-1) @ value.double(), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(("dtype", "columns_last"), [(torch.float32, True), (torch.bfloat16, False)])

@@ -208,7 +208,7 @@ def _lengthened(rows: Tensor) -> Tensor:
 def _missing(rows: int) -> int:
     """To a round number. oneDNN makes a program for each number of rows, which takes milliseconds and splits the free
     memory, and keeps the last 1,024."""
-    return -rows % (1 if rows <= 8 else 16 if rows <= 64 else 32)
+    return -rows % (1 if rows <= 8 else 8 if rows <= 32 else 16 if rows <= 64 else 32)
 
 
 class _Linear(torch.autograd.Function):

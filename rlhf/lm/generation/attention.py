@@ -19,6 +19,7 @@ from rlhf.lm.attention import attending_through, evaluating, hides_windows, ungr
 
 NAME = "rlhf_slots"
 REMEDY = "use the plain engine: --engine transformers"
+FEW_KEYS = 2**17  # numbers
 
 
 class LayerShape(NamedTuple):
@@ -203,10 +204,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: f
     """[B, heads, Q, D], [B, heads, K, D], [B, heads, K, Dv], additive mask -> [B, heads, Q, Dv].
 
     Written out where scores are capped, and on CPUs, where a few queries per head are too few for the fused kernel's
-    blocks (1.2 to 1.5 times slower for 2 or 3).
+    blocks (1.2 to 1.5 times slower for 2 or 3), but for so few numbers in bfloat16 that beginning a product by oneDNN
+    takes longest (up to 4 times slower).
     """
-    is_plain = softcap is not None or query.device.type == "cpu"
-    if not is_plain:
+    on_cpu = query.device.type == "cpu"
+    is_small = query.dtype == torch.bfloat16 and key.numel() <= FEW_KEYS
+    if softcap is None and (not on_cpu or is_small):
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     batch, heads = query.shape[:2]
     # Keys first, and values where their columns lie together: with few queries, MKL then reads the cache once, in
