@@ -1,8 +1,8 @@
 """The core's estimators and losses against the forms in which other libraries publish them.
 
 Results are compared, then timed in turn in one process, as ratios; then the peak of memory of each of our functions.
-Inputs are [256, 4096] float32, right-padded. The peers' forms (`peer_forms.py`) are written anew from their formulas, each the way its
-library computes it: loops stay loops, masks stay floats.
+Inputs are [256, 4096] float32, right-padded. The peers' forms (`peer_forms.py`) are written anew from their formulas,
+each the way its library computes it: loops stay loops, masks stay floats.
 
 python benchmarks/core.py [--threads 2] [--grow-heap] [--device cuda] [--only gae]
 """
