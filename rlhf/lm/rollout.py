@@ -202,8 +202,9 @@ def _draw(
 
 def completion_ids(sequences: Sequences) -> list[list[int]]:
     """The chosen tokens of each sequence."""
-    tokens = sequences.sequence_ids[:, -sequences.action_mask.shape[1] :]
-    return [ids[mask].tolist() for ids, mask in zip(tokens, sequences.action_mask, strict=True)]
+    here = sequences.to(torch.device("cpu"))  # once, not for each row
+    tokens = here.sequence_ids[:, -here.action_mask.shape[1] :]
+    return [ids[mask].tolist() for ids, mask in zip(tokens, here.action_mask, strict=True)]
 
 
 def _score(
