@@ -1,5 +1,5 @@
 """What the contestants of step_vs_trl.py have in common, each in its own process: one model, one set of prompts and one
-table of lengths; and our trainer among them. TRL's is in trl_contestant.py.
+table of lengths; and our trainer among them. TRL's are in trl_contestant.py and trl_ppo_contestant.py.
 """
 
 import os
@@ -32,7 +32,10 @@ class Options:
     contestants: tuple[str, ...] = ("ours-grpo", "ours-ppo", "trl", "trl-small", "trl-checkpointing")
     """ours-grpo and ours-ppo: rlhf.lm.trainer.Trainer under the preset; trl: GRPOTrainer, the whole batch in one
     forward and backward; trl-small: 16 sequences at a time; trl-checkpointing: its default; trl-continuous:
-    transformers' continuous batching; trl-vllm: vLLM in the same process (CUDA)."""
+    transformers' continuous batching; trl-vllm: vLLM in the same process (CUDA); trl-ppo: see there."""
+    trl_ppo: Path | None = None
+    """Folder with TRL 1.12, the last with a PPO that has a critic (pip install trl==1.12.0 --no-deps --target
+    <folder>), for the contestant trl-ppo: 16 sequences at a time, without gradient checkpointing."""
     prompts: int = 8
     samples_per_prompt: int = 8
     prompt_tokens: int = 32
@@ -316,6 +319,10 @@ def child(
     try:
         if name.startswith("ours"):
             our_step(options, lengths, name, folder, connection)
+        elif name == "trl-ppo":
+            from trl_ppo_contestant import their_ppo_step
+
+            their_ppo_step(options, lengths, folder, connection)
         else:
             from trl_contestant import their_step  # TRL need not be installed to import this
 

@@ -2,6 +2,7 @@
 
     python benchmarks/step_vs_trl.py                                  # random 4 M Qwen2; one and two threads
     python benchmarks/step_vs_trl.py --model <folder> --dtype bfloat16 --prompts 2 --max-new-tokens 32
+    python benchmarks/step_vs_trl.py --contestants ours-ppo trl-ppo --trl-ppo <folder with TRL 1.12>   # PPO against PPO
     python benchmarks/step_vs_trl.py --model qwen2-0.5b --dtype bfloat16 --device cuda --prompts 32 \\
         --prompt-tokens 128 --max-new-tokens 256 --contestants ours-grpo ours-ppo trl trl-continuous trl-vllm
 
@@ -52,7 +53,9 @@ EQUALISED = """
 Not equalised: TRL pads to the longest of the batch and takes `per_device_train_batch_size` sequences at a time; we cut
 micro-batches by tokens, sorted by length, and compute a prompt once for its group where that pays. Both take the
 update's own log-probs as the old ones, on-policy. Our PPO has a critic and a reference on top and its KL in the
-reward, TRL's GRPO has none of these."""
+reward, TRL's GRPO has none of these. `trl-ppo` is PPO as ours is (TRL 1.12's `experimental.ppo`: a critic and a
+reference with trunks of their own, KL in the reward, one epoch of one minibatch); its reward model costs nothing, it
+takes the generation's logits where ours makes the actor's forward, and does not clip the gradient."""
 
 
 # ---- The contest -----------------------------------------------------------------------------------------------------
@@ -126,6 +129,12 @@ HEADS = [
 ]  # fmt: skip
 
 
+def ratios_of(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> list[str]:
+    """How many times as long theirs takes by the clock, and by process time: medians of the rounds' ratios."""
+    pairs = [(a["step"], b["step"]) for a, b in zip(ours, theirs, strict=True)]
+    return [f"{statistics.median(b[i] / a[i] for a, b in pairs):.2f}" for i in (0, 1)]
+
+
 def rows_of(records: Records, threads: int, lengths: Lengths) -> list[str]:
     """Rows of the table; medians over rounds, ratios within rounds."""
 
@@ -136,10 +145,7 @@ def rows_of(records: Records, threads: int, lengths: Lengths) -> list[str]:
     best = min(peers, key=lambda name: median(name, "step", 0), default=None)
     rows = []
     for name, steps in records.items():
-        ratios = ["-", "-"]
-        if best is not None:
-            pairs = [(a["step"], b["step"]) for a, b in zip(steps, records[best], strict=True)]
-            ratios = [f"{statistics.median(b[i] / a[i] for a, b in pairs):.2f}" for i in (0, 1)]
+        ratios = ["-", "-"] if best is None else ratios_of(records[best], steps)
         tokens = statistics.median(step["completion tokens"] for step in steps)
         real = statistics.median(step["completion tokens"] + step["prompt tokens"] for step in steps)
         update = [median(name, "step", i) - median(name, "collect", i) for i in (0, 1)]
@@ -177,11 +183,18 @@ def main(options: Options) -> None:
         f"|{'---|' * len(HEADS)}",
     ]
     print("\n".join(lines), flush=True)
+    notes: list[str] = []
     for threads in options.threads:
         for lengths in options.lengths:
-            rows = rows_of(contest(options, threads, lengths, folder), threads, lengths)
+            records = contest(options, threads, lengths, folder)
+            rows = rows_of(records, threads, lengths)
             print("\n".join(rows), flush=True)
             lines += rows
+            if {"ours-ppo", "trl-ppo"} <= records.keys():
+                wall, cpu = ratios_of(records["trl-ppo"], records["ours-ppo"])
+                notes.append(f"- PPO against PPO, {threads} threads, {lengths}: trl-ppo / ours-ppo {wall}, CPU {cpu}")
+    lines += ["", *notes] if notes else []
+    print("\n".join(notes))
     equal = EQUALISED.format(samples=options.samples_per_prompt, kl=options.kl, rate=options.learning_rate)
     print(f"\nEqualised:\n{equal}")
     if options.page is not None:
