@@ -207,7 +207,7 @@ def test_a_shared_prompt_passes_through_the_layers_once() -> None:
     distinct, completions = {tuple(x) for x in encode(["1+2=", "12345+678=", "9"])}, SHARED.action_mask.sum()
     assert seen == [(1, sum(map(len, distinct)) + int(completions), 32)]
     assert trunk_of(model).config._attn_implementation == "sdpa", "as it was"
-    assert shared_prompts._active is None
+    assert shared_prompts.active() is None
 
 
 def test_an_architecture_that_cannot_share_prompts_says_so_once() -> None:

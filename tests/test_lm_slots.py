@@ -257,19 +257,27 @@ def test_autocast_is_that_of_the_trainer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "heads"),
-    [("meta", torch.float32, 4), ("meta", torch.bfloat16, 2), ("cpu", torch.float32, 2)],
+    ("device", "dtype", "window", "heads"),
+    [
+        ("meta", torch.float32, None, 4),
+        ("meta", torch.bfloat16, None, 2),
+        ("meta", torch.bfloat16, 3, 4),
+        ("cpu", torch.float32, None, 2),
+        ("cpu", torch.float32, 3, 2),
+        ("cpu", torch.bfloat16, 3, 2),
+    ],
     ids=lambda x: str(x).removeprefix("torch."),
 )
 def test_no_prompt_is_read_by_a_kernel_that_writes_out_all_scores(
-    device: str, dtype: torch.dtype, heads: int, monkeypatch: pytest.MonkeyPatch
+    device: str, dtype: torch.dtype, window: int | None, heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU's kernel for float32 takes no grouped keys. "meta" stands for any device that is not a CPU."""
+    """A GPU's kernels for float32 and for windows take no grouped keys. "meta" stands for any device that is no CPU."""
     found: list[tuple[int, ...]] = []
     kernel = F.scaled_dot_product_attention
 
     def spy(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         found.extend([key.shape[:2], value.shape[:2]])
+        assert options["is_causal"] == (window is None) == (options["attn_mask"] is None)
         assert options["enable_gqa"] == (key.shape[1] < query.shape[1])
         return kernel(query, key, value, **options)
 
@@ -277,7 +285,7 @@ def test_no_prompt_is_read_by_a_kernel_that_writes_out_all_scores(
     attention = SlotAttention(3, 8, [], torch.device(device))
     query, key = (torch.zeros(3, n, 5, 16, dtype=dtype, device=device) for n in (4, 2))
     attention.prefill(torch.arange(3, device=device), torch.arange(3, device=device))
-    assert attention.attend(0, query, key, key, None, None, None).shape == (3, 5, 4, 16)
+    assert attention.attend(0, query, key, key, None, window, None).shape == (3, 5, 4, 16)
     assert found == [(3, heads), (3, heads)]
     assert attention.keys[0].shape[1] == 2, "the cache has them once"
 
@@ -668,10 +676,8 @@ def test_requests_that_cannot_be_served_are_refused() -> None:
             Truncation(**wrong)
 
 
-@pytest.mark.parametrize("few_keys", [0, 2**17])
-def test_bfloat16_is_attended_to_as_well_by_either_kernel(few_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written out, and by torch's kernel: no further from float64 than its own roundings, whose unit is 1/256."""
-    monkeypatch.setattr(attention_module, "FEW_KEYS", few_keys)
+def test_bfloat16_is_attended_to_no_further_from_float64_than_its_roundings() -> None:
+    """Whose unit is 1/256."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(3, 2, n, 16, generator=generator).bfloat16() for n in (3, 20, 20))
     mask = torch.zeros(3, 1, 1, 20).masked_fill_(
@@ -681,6 +687,18 @@ def test_bfloat16_is_attended_to_as_well_by_either_kernel(few_keys: int, monkeyp
     found = attention_module._attention(query, key, value, mask.bfloat16(), 0.25, None)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), scores.softmax(-1) @ value.double(), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_a_sequence_is_the_same_beside_others(dtype: torch.dtype) -> None:
+    """Bit for bit, whatever their number."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(64, 4, n, 64, generator=generator).to(dtype) for n in (2, 100, 100))
+    mask = torch.zeros(64, 1, 1, 100, dtype=dtype)
+    beside = attention_module._attention(query, key, value, mask, 0.125, None)
+    for count in (1, 2, 7):
+        few = attention_module._attention(query[:count], key[:count], value[:count], mask[:count], 0.125, None)
+        assert torch.equal(few, beside[:count])
 
 
 @pytest.mark.parametrize(("dtype", "columns_last"), [(torch.float32, True), (torch.bfloat16, False)])

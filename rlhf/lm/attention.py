@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from rlhf.checks import InputError
+
 _LISTENER = "rlhf_listener"
 
 
@@ -72,3 +74,19 @@ def positions(model_config: PreTrainedConfig) -> int | None:
     """How many tokens a sequence may have; None: the model does not say."""
     limit: int | None = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     return limit
+
+
+def check_rope(model_config: PreTrainedConfig, tokens: int) -> None:
+    """
+    Raises:
+        InputError: sequences of so many tokens are turned by frequencies that depend on what else is in a batch.
+    """
+    config = model_config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    known = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    if rope.get("rope_type") == "longrope" and known is not None and tokens > known:
+        raise InputError(
+            f"sequences may have {tokens} tokens, and beyond {known} this model (rope_type longrope) turns all of a "
+            "batch by other frequencies, so that log-probs depend on what is beside a sequence: pass a "
+            f"--max-new-tokens or --max-prompt-tokens (with --drop-long-prompts) that keeps them within {known}"
+        )

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import Accelerator
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.checks import InputError
-from rlhf.lm.attention import positions
+from rlhf.lm.attention import check_rope, positions
 from rlhf.lm.config import SamplingConfig, TrainerConfig
 from rlhf.lm.lora import adapter_layers
 from rlhf.lm.rewards import RewardFunction, RewardModel, name_of, score
@@ -136,20 +136,7 @@ def check_actor(actor: PreTrainedModel, longest_prompt: int, sampling: SamplingC
             f"the longest prompt has {longest_prompt} tokens and max_new_tokens is {sampling.max_new_tokens}, together "
             f"more than the model's {limit} positions: pass --max-new-tokens {limit - longest_prompt} or less"
         )
-    _check_rope(actor.config, longest_prompt + sampling.max_new_tokens)
-
-
-def _check_rope(model_config: PreTrainedConfig, tokens: int) -> None:
-    """Rotary frequencies do not depend on what else is in a batch."""
-    config = model_config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    known = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    if rope.get("rope_type") == "longrope" and known is not None and tokens > known:
-        raise InputError(
-            f"sequences may have {tokens} tokens, and beyond {known} this model (rope_type longrope) turns all of a "
-            "batch by other frequencies, so that log-probs depend on what is beside a sequence: pass a "
-            f"--max-new-tokens or --max-prompt-tokens (with --drop-long-prompts) that keeps them within {known}"
-        )
+    check_rope(actor.config, longest_prompt + sampling.max_new_tokens)
 
 
 def check_other_models(

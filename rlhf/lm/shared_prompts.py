@@ -9,6 +9,7 @@ attention has to know: its function, registered with transformers' AttentionInte
 into padded blocks for two calls of the device's attention kernel. No block is larger than the unshared one would be.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -92,25 +93,31 @@ def prompt_groups(sequence_ids: Tensor, attention_mask: Tensor, columns: int) ->
 
 # -- attention --------------------------------------------------------------------------------------------------------
 
-_active: tuple[nn.Module, SharedRow] | None = None  # the forward in progress
+
+class _Forward(threading.local):
+    """The one in progress, in this thread."""
+
+    row: tuple[nn.Module, SharedRow] | None = None
+
+
+_current = _Forward()
 
 
 @contextmanager
 def attending(model: nn.Module, row: SharedRow) -> Iterator[None]:
     """Within: the model's attention takes its tokens to be this row."""
-    global _active
-    outer = _active
+    outer = _current.row
     with attending_through(model, NAME):
         try:
-            _active = (model, row)
+            _current.row = (model, row)
             yield
         finally:
-            _active = outer
+            _current.row = outer
 
 
 def active() -> tuple[nn.Module, SharedRow] | None:
     """What `attending` was given, for a layer that is to be computed a second time; None outside it."""
-    return _active
+    return _current.row
 
 
 def attention(
@@ -126,7 +133,8 @@ def attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """[1, heads, N, D] queries, [1, kv_heads, N, D] keys and values -> [1, N, heads, D]."""
-    if _active is None:
+    active = _current.row
+    if active is None:
         raise RuntimeError(f"attention {NAME!r} was used outside a forward over shared prompts")
     is_causal = others.get("is_causal") is not False and getattr(module, "is_causal", True) is not False
     if not is_causal or attention_mask is not None or others.get("s_aux") is not None or dropout:
@@ -134,7 +142,7 @@ def attention(
     if torch.is_autocast_enabled(query.device.type):  # as in transformers' own; rotary embeddings widen the keys
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    row = _active[1]
+    row = active[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     prompt_mask, mask = _masks(row, sliding_window, query.dtype, written_out=softcap is not None)
     q, k, v = (x[0].transpose(0, 1).flatten(1) for x in (query, key, value))

@@ -5,6 +5,8 @@ in [slots, kv_heads, columns, head_dim] and knows which slots a forward is about
 under its name, transformers builds no mask either.
 """
 
+import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,7 +21,6 @@ from rlhf.lm.attention import attending_through, evaluating, hides_windows, ungr
 
 NAME = "rlhf_slots"
 REMEDY = "use the plain engine: --engine transformers"
-FEW_KEYS = 2**17  # numbers
 
 
 class LayerShape(NamedTuple):
@@ -58,16 +59,19 @@ class SlotAttention:
         self._sources: Tensor | None = None  # prefill: [S] row of the batch each of them gets
         # Shared by the layers of one forward: indices by number of heads, masks by window and dtype.
         self._rows: dict[int, Tensor] = {}
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def _add_layer(self, shape: LayerShape) -> None:
         self.keys.append(self._zeros(shape.kv_heads, shape.key_dim, shape.dtype, columns_last=False))
         columns_last = self.device.type == "cpu" and shape.dtype.itemsize >= 4  # see _attention
         self.values.append(self._zeros(shape.kv_heads, shape.value_dim, shape.dtype, columns_last))
 
-    def _zeros(self, kv_heads: int, dim: int, dtype: torch.dtype, columns_last: bool) -> Tensor:
+    def _zeros(
+        self, kv_heads: int, dim: int, dtype: torch.dtype, columns_last: bool, columns: int | None = None
+    ) -> Tensor:
         """[slots, kv_heads, columns, dim], not garbage: what is masked is still multiplied by 0."""
-        sizes = (self.slots, kv_heads) + ((dim, self.columns) if columns_last else (self.columns, dim))
+        columns = columns or self.columns
+        sizes = (self.slots, kv_heads) + ((dim, columns) if columns_last else (columns, dim))
         cache = torch.zeros(*sizes, dtype=dtype, device=self.device)
         return cache.transpose(2, 3) if columns_last else cache
 
@@ -97,11 +101,11 @@ class SlotAttention:
 
     def grow(self, columns: int) -> None:
         """More columns for every slot. A row with few unused ones streams through a CPU twice as fast as a long one."""
-        before, self.columns = self.columns, columns
         for caches in (self.keys, self.values):
             for layer, old in enumerate(caches):
-                caches[layer] = self._zeros(old.shape[1], old.shape[3], old.dtype, _has_columns_last(old))
-                caches[layer][:, :, :before] = old
+                caches[layer] = self._zeros(old.shape[1], old.shape[3], old.dtype, _has_columns_last(old), columns)
+                caches[layer][:, :, : self.columns] = old
+        self.columns = columns
 
     def copy(self, sources: Tensor, targets: Tensor, used: int) -> None:
         """The first `used` columns of one slot to another, for all layers; the two sets of slots are disjoint."""
@@ -131,17 +135,23 @@ class SlotAttention:
             cache[:, :, : new.shape[2]].index_copy_(0, self._targets, new.index_select(0, self._sources))
         length = query.shape[2]
         window = sliding_window if sliding_window is not None and sliding_window < length else None
-        if window is None and softcap is None:
-            # Grouped keys are taken by the CPU's kernel and by flash attention, which has no float32.
-            if query.device.type != "cpu" and query.dtype.itemsize > 2:
-                key, value = ungrouped(query, key, value)
-            out = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-            )
-            return out.transpose(1, 2)
-        mask = self._prefill_mask(length, window, query.dtype)
-        key, value = ungrouped(query, key, value)
-        return _attention(query, key, value, mask, scale, softcap).transpose(1, 2)
+        if softcap is not None:
+            mask = self._prefill_mask(length, window, query.dtype)
+            key, value = ungrouped(query, key, value)
+            return _attention(query, key, value, mask, scale, softcap).transpose(1, 2)
+        # Grouped keys are taken by the CPU's kernel and by flash attention, which has no float32 and no mask.
+        if query.device.type != "cpu" and (query.dtype.itemsize > 2 or window is not None):
+            key, value = ungrouped(query, key, value)
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=None if window is None else self._prefill_mask(length, window, query.dtype),
+            is_causal=window is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out.transpose(1, 2)
 
     def _attend_decoding(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None,
@@ -203,13 +213,11 @@ def _has_columns_last(cache: Tensor) -> bool:
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None) -> Tensor:
     """[B, heads, Q, D], [B, heads, K, D], [B, heads, K, Dv], additive mask -> [B, heads, Q, Dv].
 
-    Written out where scores are capped, and on CPUs, where a few queries per head are too few for the fused kernel's
-    blocks (1.2 to 1.5 times slower for 2 or 3), but for so few numbers in bfloat16 that beginning a product by oneDNN
-    takes longest (up to 4 times slower).
+    Written out where scores are capped, and on CPUs, where a decoding step's few queries per head are too few for the
+    fused kernel's blocks (1.2 to 1.5 times slower for 2 or 3). For a sequence or two in bfloat16 that kernel would be
+    faster; but which one a sequence meets must not depend on how many others run, since they round differently.
     """
-    on_cpu = query.device.type == "cpu"
-    is_small = query.dtype == torch.bfloat16 and key.numel() <= FEW_KEYS
-    if softcap is None and (not on_cpu or is_small):
+    if softcap is None and query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     batch, heads = query.shape[:2]
     # Keys first, and values where their columns lie together: with few queries, MKL then reads the cache once, in
@@ -226,7 +234,13 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: f
     return out.unflatten(0, (batch, heads))
 
 
-_active: SlotAttention | None = None  # the one generation in progress
+class _Generation(threading.local):
+    """The one in progress, in this thread."""
+
+    attention: SlotAttention | None = None
+
+
+_current = _Generation()
 
 
 def _slot_attention(
@@ -241,7 +255,8 @@ def _slot_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function registered with transformers."""
-    if _active is None:
+    active = _current.attention
+    if active is None:
         raise RuntimeError(f"attention {NAME!r} was used outside a generation of the slot engine")
     if others.get("s_aux") is not None:
         raise InputError(f"the slot engine has no attention sinks, which {type(module).__name__} has: {REMEDY}")
@@ -251,12 +266,12 @@ def _slot_attention(
             f"{REMEDY}"
         )
     layer = getattr(module, "layer_idx", None)
-    if not isinstance(layer, int) or layer > len(_active.keys):
+    if not isinstance(layer, int) or layer > len(active.keys):
         raise InputError(f"the slot engine cannot tell the layers of {type(module).__name__} apart: {REMEDY}")
     if torch.is_autocast_enabled(query.device.type):  # as in transformers' own; rotary embeddings widen the keys
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    return _active.attend(layer, query, key, value, scaling, sliding_window, softcap), None
+    return active.attend(layer, query, key, value, scaling, sliding_window, softcap), None
 
 
 AttentionInterface.register(NAME, _slot_attention)
@@ -265,14 +280,13 @@ AttentionInterface.register(NAME, _slot_attention)
 @contextmanager
 def attending(model: nn.Module, attention: SlotAttention) -> Iterator[None]:
     """Within: the model attends through `attention`, in eval mode. Afterwards everything is as it was."""
-    global _active
-    outer = _active
+    outer = _current.attention
     with evaluating(model), attending_through(model, NAME):
         try:
-            _active = attention
+            _current.attention = attention
             yield
         finally:
-            _active = outer
+            _current.attention = outer
 
 
 def has_layers_of_8_bits(model: nn.Module) -> bool:
@@ -338,7 +352,11 @@ def probe(model: nn.Module, token_ids: Tensor) -> list[LayerShape]:
     distance = float(difference.abs().sum(-1).max()) / 2
     # Rounding alone made 0.21 of a trained bfloat16 model.
     exact = all(shape.dtype.itemsize >= 4 for shape in attention.shapes()) and not has_layers_of_8_bits(model)
-    if not distance < (0.01 if exact else 0.5):  # NaN too
+    if math.isnan(distance):
+        raise InputError(
+            f"{name}'s predictions are not numbers (NaN): look at its weights, or load it in another dtype"
+        )
+    if distance >= (0.01 if exact else 0.5):
         raise InputError(
             f"{name}'s predictions through the slot engine's attention differ from its own (total variation "
             f"{distance:.3f}): it does more than the causal attention, windows and caps that the engine knows; {REMEDY}"

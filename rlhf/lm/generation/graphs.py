@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from rlhf.checks import brief
@@ -134,10 +135,10 @@ def _waiting_is_an_error() -> Iterator[None]:
 
 
 def _addresses(model: nn.Module) -> Hashable:
-    """Changes when weights move or adapters are switched."""
+    """Changes when weights move or adapters are switched, merged or scaled."""
     adapters = [
-        f"{module.disable_adapters} {module.active_adapters}"
-        for module in model.modules()
-        if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters")
+        f"{layer.disable_adapters} {layer.active_adapters} {layer.merged_adapters} {getattr(layer, 'scaling', None)}"
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
     ]
     return tuple(p.data_ptr() for p in model.parameters()), tuple(adapters)

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from rlhf.checks import check_range
+from rlhf.checks import InputError, check_range
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,17 @@ class Completions(NamedTuple):
     )
     action_mask: Tensor  # [B, T] bool: True where a token was chosen, the end-of-sequence token included
     is_finished: Tensor  # [B] bool: True if it ended with an end-of-sequence token, False if it hit the limit
+
+    def check_numbers(self) -> None:
+        """
+        Raises:
+            InputError: the model's predictions were NaN.
+        """
+        if bool(self.sampler_log_probs.isnan().any()):
+            raise InputError(
+                "the model's predictions are not numbers (NaN): look at its weights (a smaller --learning-rate?), its "
+                "dtype and the temperature"
+            )
 
 
 class Engine(Protocol):

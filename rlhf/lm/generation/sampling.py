@@ -63,25 +63,28 @@ def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
 
     Never a token of weight 0, whatever the rounding.
     """
-    if weights.shape[-1] < 16 * BLOCK:
+    size = weights.shape[-1]
+    if size < 16 * BLOCK:
         return _first_above(weights.double().cumsum(-1), uniforms[:, None], relative=True).squeeze(-1)
-    if weights.shape[-1] % BLOCK:
-        weights = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % BLOCK))
+    if size % BLOCK:
+        weights = torch.nn.functional.pad(weights, (0, -size % BLOCK))
     blocks = weights.unflatten(-1, (-1, BLOCK))
     cumulative = blocks.sum(-1).double().cumsum(-1)
     block = _first_above(cumulative, uniforms[:, None], relative=True)
     before = torch.where(block > 0, cumulative.gather(-1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(-1)
     place = _first_above(inside, uniforms[:, None] * cumulative[:, -1:] - before, relative=False)
-    return (block * BLOCK + place).squeeze(-1)
+    return (block * BLOCK + place).squeeze(-1).clamp_(max=size - 1)
 
 
 def _first_above(cumulative: Tensor, targets: Tensor, *, relative: bool) -> Tensor:
-    """[n, 1] first index whose cumulative weight exceeds the target, below the total by at least one rounding."""
+    """[n, 1] first index whose cumulative weight exceeds the target, below the total by at least one rounding; the
+    last one where weights are NaN."""
     total = cumulative[:, -1:]
     targets = targets * total if relative else targets
     below = torch.nextafter(total, torch.zeros_like(total))
-    return torch.searchsorted(cumulative, torch.minimum(targets, below), right=True)
+    found = torch.searchsorted(cumulative, torch.minimum(targets, below), right=True)
+    return found.clamp_(max=cumulative.shape[-1] - 1)
 
 
 def lowest_kept(probs: Tensor, truncation: Truncation, *, may_wait: bool = True) -> Tensor:

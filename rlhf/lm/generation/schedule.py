@@ -4,8 +4,10 @@ from collections import deque
 from typing import NamedTuple
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from rlhf.checks import InputError
+from rlhf.lm.attention import check_rope, positions
 
 
 class Requests(NamedTuple):
@@ -35,6 +37,19 @@ class Requests(NamedTuple):
         prompt_of = [index.setdefault(row, len(index)) for row in tokens]
         columns = max(len(row) + limit for row, limit in zip(tokens, limits, strict=True))
         return cls([list(row) for row in index], prompt_of, limits, columns)
+
+    def check_fit(self, model_config: PreTrainedConfig) -> None:
+        """
+        Raises:
+            InputError: a prompt and its completion are longer than the model can read.
+        """
+        limit = positions(model_config)
+        if limit is not None and self.columns > limit:
+            raise InputError(
+                f"the longest prompt and its completion have {self.columns} tokens, more than the model's {limit} "
+                "positions: shorten the prompts or pass a smaller --max-new-tokens"
+            )
+        check_rope(model_config, self.columns)
 
     def prefill_batches(self, prompts: list[int], max_tokens: int) -> list[list[int]]:
         """Prompts of similar length together: at most a quarter of a row is padding, and max_tokens bounds a batch."""

@@ -91,12 +91,24 @@ class SlotEngine:
         """See `Engine.generate`.
 
         Raises:
-            InputError: a prompt is empty or too long for the model, or not even one sequence fits into memory.
+            InputError: a prompt is empty or too long for the model, not even one sequence fits into memory, or the
+                model's predictions are NaN.
         """
         requests = Requests.of(prompt_ids, prompt_mask, max_new_tokens)
-        self._check_length(requests)
+        requests.check_fit(self.model.config)
         uniforms = None if seeds is None else draw_uniforms(seeds, max(requests.limits))
-        sampler = Sampler(uniforms, temperature, truncation)
+        try:
+            completions = self._completed(requests, Sampler(uniforms, temperature, truncation), prompt_ids)
+            completions.check_numbers()
+        except BaseException:  # a cache that was left in the middle, or with NaN in it, is not used again
+            self.release()
+            raise
+        if not self._keeps(prompt_ids.device):
+            self.release()
+        return completions
+
+    def _completed(self, requests: Requests, sampler: Sampler, prompt_ids: Tensor) -> Completions:
+        """All of them, in as many slots as there is memory for."""
         device = prompt_ids.device
         # inference_mode: no version counters and no views' bookkeeping, a fifth of a small model's forward
         with (
@@ -119,11 +131,7 @@ class SlotEngine:
                 if run is None:
                     slots = self._fewer(slots, requests.columns)
         self.slots = slots
-        completions = self._collect(requests, run, prompt_ids)
-        del run  # it holds the cache
-        if not self._keeps(device):
-            self.release()
-        return completions
+        return self._collect(requests, run, prompt_ids)
 
     def release(self) -> None:
         """Free the cache, the graphs that point into it, and cast weights."""
@@ -224,14 +232,6 @@ class SlotEngine:
     @property
     def _vocabulary(self) -> int:
         return self.model.config.get_text_config(decoder=True).vocab_size
-
-    def _check_length(self, requests: Requests) -> None:
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        if limit is not None and requests.columns > limit:
-            raise InputError(
-                f"the longest prompt and its completion have {requests.columns} tokens, more than the model's {limit} "
-                "positions: shorten the prompts or pass a smaller --max-new-tokens"
-            )
 
     def _collect(self, requests: Requests, run: "_Run", like: Tensor) -> Completions:
         """Results in the order and on the device of the requests, as ordinary tensors."""

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from rlhf.lm.attention import evaluating
 from rlhf.lm.generation.protocol import Completions, Truncation
 from rlhf.lm.generation.sampling import Choice, choose, draw_uniforms
+from rlhf.lm.generation.schedule import Requests
 from rlhf.lm.logprobs import position_ids
 
 
@@ -50,7 +52,12 @@ class TransformersEngine:
         seeds: Tensor | None,
         truncation: Truncation = Truncation(),  # noqa: B008 (frozen)
     ) -> Completions:
-        """See `Engine.generate`."""
+        """See `Engine.generate`.
+
+        Raises:
+            InputError: a prompt is empty or too long for the model, or the model's predictions are NaN.
+        """
+        Requests.of(prompt_ids, prompt_mask, max_new_tokens).check_fit(self.model.config)
         device = prompt_ids.device
         limits = torch.as_tensor(max_new_tokens, device=device).expand(len(prompt_ids))
         shape = (len(prompt_ids), int(limits.max()))
@@ -67,8 +74,10 @@ class TransformersEngine:
             action_mask=torch.zeros(shape, dtype=torch.bool, device=device),
             is_finished=torch.zeros(len(prompt_ids), dtype=torch.bool, device=device),
         )
-        for rows in torch.arange(len(prompt_ids), device=device).split(self.batch_size):
-            self._decode(_Running(rows, prompt_ids[rows], prompt_mask[rows]), limits, draw, out)
+        with evaluating(self.model):
+            for rows in torch.arange(len(prompt_ids), device=device).split(self.batch_size):
+                self._decode(_Running(rows, prompt_ids[rows], prompt_mask[rows]), limits, draw, out)
+        out.check_numbers()
         length = int(out.action_mask.sum(-1).max())
         ids, log_probs, untruncated, mask, is_finished = out
         return Completions(
