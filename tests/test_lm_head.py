@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.checks import InputError
 from rlhf.kl import exact_kl
+from rlhf.lm import head as head_module
 from rlhf.lm.head import Head, token_terms
 from rlhf.losses import categorical_entropy
 
@@ -115,9 +116,12 @@ def test_gradients_are_the_slopes_of_the_values() -> None:
     assert torch.autograd.gradcheck(terms, leaves)
 
 
-@pytest.mark.parametrize("chunk_bytes", [5 * V * 4, None])
-def test_bfloat16_errs_no_more_than_the_plain_computation(chunk_bytes: int | None) -> None:
+@pytest.mark.parametrize(("chunk_bytes", "words_at_once"), [(5 * V * 4, 1024), (5 * V * 4, 10), (None, 1024)])
+def test_bfloat16_errs_no_more_than_the_plain_computation(
+    chunk_bytes: int | None, words_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Distance to float64 on the same bfloat16 numbers; the sum over chunks is where it could be larger."""
+    monkeypatch.setattr(head_module, "WORDS_AT_ONCE", words_at_once)
     given = inputs(torch.bfloat16, count=400)
     exact = {
         k: v.double().detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v

@@ -21,6 +21,7 @@ from rlhf.lm.linear import linear
 # benchmarks.md, Updates); on a GPU it should be many tokens, since each chunk adds to the gradient of the whole matrix.
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 16 * 2**20, 512 * 2**20
 KEPT_BYTES = 128 * 2**20  # up to here the log-softmax is kept for the backward pass
+WORDS_AT_ONCE = 1024  # whose part of a product that is added to another type's sum stays in a CPU's cache
 
 
 class Head(NamedTuple):
@@ -208,7 +209,12 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """total + a @ b, in place, at least float32."""
     if total is None:
         return linear(a, b.T).to(widened(a.dtype))
-    return total.addmm_(a, b) if total.dtype == a.dtype else total.add_(a @ b)
+    if total.dtype == a.dtype:
+        return total.addmm_(a, b)
+    rows = WORDS_AT_ONCE if total.device.type == "cpu" else len(total)
+    for part in _slices(len(total), rows):
+        total[part].add_(a[part] @ b)
+    return total
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
