@@ -1,5 +1,6 @@
 """From a rollout to better weights: the core's estimators and losses, put together as the config says."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from pong.config import AlgorithmConfig
 from pong.network import ActorCritic
 from pong.rollout import Rollout
 from rlhf.advantages import episode_returns, gae, monte_carlo_returns, td0_returns
+from rlhf.checks import InputError
 from rlhf.kl import adapt_kl_coef_by_doubling, kl_estimate
 from rlhf.losses import (
     categorical_entropy,
@@ -115,6 +117,8 @@ class Learner:
 
         Args:
             generator: of the minibatches; on the CPU, so that every device draws the same.
+        Raises:
+            InputError: a loss or a gradient of the last epoch is not finite.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -129,6 +133,12 @@ class Learner:
                     sums[name] = sums.get(name, 0) + value
         known = int(targets.action_mask.sum())
         metrics = {name: float(value) / max(known, 1) for name, value in sums.items()}
+        broken = [name for name, value in metrics.items() if not math.isfinite(value)]
+        if broken:
+            raise InputError(
+                f"{', '.join(broken)} not finite: training has diverged. Lower --learning-rate; --resume goes on from "
+                "the last checkpoint"
+            )
         metrics["steps_known"] = known / total
         if self.algorithm.loss == "kl":
             metrics["kl_coef"] = self.kl_coef

@@ -78,6 +78,8 @@ def check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
 
 def brief(error: BaseException) -> str:
     """Type and first line of an error of somebody else's, with its cause's, for a message of ours."""
+    if isinstance(error, StopIteration):  # of datasets, where a file has no line
+        return "it is empty"
     lines = str(error).strip().splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return text if error.__cause__ is None else f"{text}; {brief(error.__cause__)}"

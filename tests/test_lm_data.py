@@ -99,6 +99,7 @@ def test_a_split_that_is_trained_on_is_not_held_out(
         ("./nowhere.jsonl", "does not exist"),
         ("rows.csv", "must end in .jsonl, .json, .parquet"),
         ("broken.jsonl", "could not be read"),
+        ("nothing.jsonl", "could not be read (it is empty"),
         ("empty", "holds no .jsonl, .json or .parquet file"),
         ("mixed", "mixes JSON and parquet"),
         ("nobody-has/these-rows", "could not be read"),
@@ -112,6 +113,7 @@ def test_what_cannot_be_read_is_one_error(
     (tmp_path / "empty").mkdir()
     (tmp_path / "rows.csv").write_text("prompt,completion\n1,2\n")
     (tmp_path / "broken.jsonl").write_text('{"prompt": \n')
+    (tmp_path / "nothing.jsonl").write_text("")
     write(tmp_path / "one.jsonl", ROWS[:1])
     write(tmp_path / "mixed" / "a.jsonl", ROWS)
     write(tmp_path / "mixed" / "b.parquet", ROWS)

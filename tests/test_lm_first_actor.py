@@ -134,6 +134,22 @@ def test_rows_with_other_columns_are_refused_wherever_they_are(tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"make_actor": tiny_model()}, "make_actor must be a function"),
+        ({"tokenizer": "somewhere/tokenizer"}, "tokenizer must be one of transformers'"),
+        ({"reward_functions": len}, "reward_functions must be a list"),
+        ({"make_actor": lambda: tiny_model(vocab_size=5)}, r"made token \d+ of the data, and the model has 5"),
+    ],
+    ids=["a model", "a path", "a function", "a smaller vocabulary"],
+)
+def test_arguments_of_another_form_are_refused(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        make_trainer(make_config(tmp_path / "run"), **given)
+    assert not (tmp_path / "run").exists()
+
+
 def test_half_precision_weights_are_trained_under_protest(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="trained weights are bfloat16.*lost in rounding"):
         make_trainer(make_config(tmp_path), make_actor=lambda: tiny_model(dtype=torch.bfloat16))

@@ -12,7 +12,7 @@ from huggingface_hub import is_offline_mode
 from safetensors.torch import load_file
 from tiny import ARCHITECTURES, encode, sequences_of, tiny_model, tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForTokenClassification, GenerationConfig
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, GenerationConfig
 
 from rlhf.checks import InputError
 from rlhf.lm.critic import Critic
@@ -244,6 +244,14 @@ def test_what_is_no_actor_is_one_error_with_a_cure(saved: Path, tmp_path: Path, 
     assert path in message
     assert "config.json and model.safetensors, or a hub id" in message
     assert "\n" not in message
+
+
+def test_another_kind_of_model_is_no_actor(saved: Path, tmp_path: Path) -> None:
+    """Its output matrix would be random, and training begin with it."""
+    other = tmp_path / "classifier"
+    AutoModelForSequenceClassification.from_pretrained(saved, num_labels=1).save_pretrained(other)
+    with pytest.raises(InputError, match=r"no whole causal language model: it has no weights for lm_head\.weight"):
+        load_actor(str(other))
 
 
 @pytest.mark.parametrize("how", ["missing", "hub id", "empty", "a model without a tokenizer"])

@@ -267,6 +267,7 @@ def test_a_prompt_is_rendered_where_its_text_is_not_the_rows(
         ({"prompt": "1", "completion": ["2"]}, 'must be a list of {"role", "content"} messages'),
         ({"messages": "1"}, 'messages must be a list of {"role", "content"} messages'),
         ({"text": 3}, "text must be text"),
+        ({"prompt": "1", "completion": None}, "got columns ['prompt'] (nothing in completion): there must be"),
         ({"chosen": [assistant("1")], "rejected": [assistant("2")]}, "shares no first turn"),
     ],
 )

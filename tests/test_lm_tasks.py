@@ -12,7 +12,7 @@ from tokenizers import processors
 from rlhf.checks import InputError
 from rlhf.lm.config import SourceConfig
 from rlhf.lm.embedded import build_tokenizer
-from rlhf.lm.rewards import exact_answer, name_of
+from rlhf.lm.rewards import Row, exact_answer, name_of
 from rlhf.lm.rows import demonstration
 from rlhf.lm.tasks import Task, addition_row, arithmetic, gsm8k, load_task, pad_left, tokenize_prompts
 from rlhf.lm.verifier_pool import VerifierPool
@@ -252,7 +252,7 @@ def test_a_long_prompt_says_what_to_pass() -> None:
     kept, token_ids = tokenize_prompts(rows, tokenizer, max_prompt_tokens=5, drop_long=True)
     assert kept == rows[:1]
     assert list(map(len, token_ids)) == [4]
-    with pytest.raises(InputError, match="3 of 3"):
+    with pytest.raises(InputError, match=r"3 of 3.*without them none is left"):
         tokenize_prompts(rows, tokenizer, max_prompt_tokens=3, drop_long=True)
     assert tokenize_prompts(rows, tokenizer, max_prompt_tokens=7)[0] == rows
 
@@ -260,6 +260,12 @@ def test_a_long_prompt_says_what_to_pass() -> None:
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(InputError, match="row 2 has an empty prompt"):
         tokenize_prompts([{"prompt": "1"}, {"prompt": ""}], tokenizer, max_prompt_tokens=5)
+
+
+@pytest.mark.parametrize("row", [{"prompt": [{"role": "user", "content": "1+1="}]}, {"prompt": 3}, {"question": "1"}])
+def test_a_prompt_that_is_no_text_is_refused(row: Row) -> None:
+    with pytest.raises(InputError, match=r"row 2 must have a column prompt with text, got .*apply_chat_template"):
+        tokenize_prompts([{"prompt": "1"}, row], tokenizer, max_prompt_tokens=5)
 
 
 def test_pad_left_puts_each_row_at_the_right_end() -> None:

@@ -364,6 +364,17 @@ def test_an_optimizer_that_is_not_installed_stops_the_run_before_it_starts(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_finished_run_is_not_begun_again(tmp_path: Path) -> None:
+    """The last step is saved wherever it falls."""
+    config = make_config(tmp_path / "run", run={"run_dir": tmp_path / "run", "checkpoint_every": 50})
+    summary = make_trainer(config).train()
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    resumed = make_trainer(dataclasses.replace(config, run=dataclasses.replace(config.run, resume=True)))
+    assert resumed.step == STEPS
+    assert resumed.train() == summary
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
 def test_resuming_what_never_ran_or_has_no_checkpoint_is_an_error(tmp_path: Path) -> None:
     config = make_config(tmp_path / "run", run={"resume": True})
     with pytest.raises(InputError, match="no run"):

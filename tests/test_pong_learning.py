@@ -13,6 +13,7 @@ from pong.learning import Learner, estimate
 from pong.network import ActorCritic
 from pong.rollout import Collector, FrameHistory, Rollout
 from rlhf.advantages import episode_returns, gae, monte_carlo_returns, td0_returns
+from rlhf.checks import InputError
 from rlhf.masking import masked_whiten
 from rlhf.run import load_state, save_state
 
@@ -185,6 +186,20 @@ def gradients(algorithm: AlgorithmConfig) -> list[Tensor]:
     found = [p.grad for p in net.parameters()]
     assert all(g is not None for g in found)
     return [g.clone() for g in found if g is not None]
+
+
+@pytest.mark.parametrize("name", ["body", "policy"])
+def test_an_update_that_diverges_is_an_error(name: str) -> None:
+    """Before its weights are saved as a result."""
+    net, algorithm = network(), plain("gae", loss="clip")
+    rollout = on_policy(rollout_of(REWARDS), net)
+    targets = estimate(rollout, algorithm, reward_ends_credit=False)
+    with torch.no_grad():
+        next(p for key, p in net.named_parameters() if key.startswith(name) or name == "body").fill_(torch.nan)
+    with pytest.raises(InputError, match=r"policy/loss.*not finite: training has diverged. Lower --learning-rate"):
+        learner(net, algorithm).update(
+            rollout, targets, learning_rate=1e-3, entropy_coef=0.0, generator=torch.Generator()
+        )
 
 
 def test_on_policy_all_three_losses_have_the_same_gradient() -> None:

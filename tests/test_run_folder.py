@@ -56,8 +56,18 @@ def test_check_creatable_makes_nothing(tmp_path: Path) -> None:
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("")
-    with pytest.raises(FileExistsError, match="is a file"):
-        RunFolder.create(tmp_path / "a", {})
+    for path in (tmp_path / "a", tmp_path / "a" / "b" / "c"):
+        with pytest.raises(FileExistsError, match="is a file"):
+            RunFolder.create(path, {})
+
+
+@pytest.mark.parametrize("path", ["", ".", Path()])
+def test_the_current_folder_is_no_run_folder(path: Path | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty --run-dir would fill it."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="give it a name"):
+        RunFolder.create(path, {})
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("exists", [True, False])

@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +34,36 @@ MAY_CHANGE = {"run_dir", "eval_every", "eval_prompts", "checkpoint_every", "keep
     "compile",
     "verifier_workers",
 }
+
+
+def check_arguments(tokenizer: object, make_actor: object, reward_functions: object) -> None:
+    """What `Trainer` was given has the right form.
+
+    Raises:
+        InputError: it has not.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(
+            f"tokenizer must be one of transformers', got {type(tokenizer).__name__}: AutoTokenizer loads it"
+        )
+    if not callable(make_actor) or isinstance(make_actor, PreTrainedModel):
+        raise InputError(f"make_actor must be a function that builds the model, got {type(make_actor).__name__}")
+    if reward_functions is not None and not isinstance(reward_functions, Sequence):
+        raise InputError(f"reward_functions must be a list, got {type(reward_functions).__name__}: put it into one")
+
+
+def check_vocabulary(actor: PreTrainedModel, tokens: Iterable[Sequence[int]]) -> None:
+    """
+    Raises:
+        InputError: some text has a token that the model does not.
+    """
+    matrix: Any = actor.get_input_embeddings()
+    size, highest = len(matrix.weight), max(max(ids, default=0) for ids in tokens)
+    if highest >= size:
+        raise InputError(
+            f"the tokenizer made token {highest} of the data, and the model has {size}: give the model's own tokenizer"
+            ", or resize the model's embeddings (resize_token_embeddings)"
+        )
 
 
 def check_processes(config: TrainerConfig, accelerator: Accelerator) -> None:
@@ -114,8 +145,9 @@ def check_rewards(
             raise InputError(f"nothing could be judged on a first try: {function.last_fault}")
 
 
-def check_actor(actor: PreTrainedModel, longest_prompt: int, sampling: SamplingConfig) -> None:
-    """A transformers model without adapters, whose positions hold the longest prompt and max_new_tokens.
+def check_actor(actor: PreTrainedModel, prompts: Sequence[Sequence[int]], sampling: SamplingConfig) -> None:
+    """A transformers model without adapters, that knows the prompts' tokens and whose positions hold the longest and
+    max_new_tokens.
 
     Raises:
         InputError: it is not.
@@ -125,7 +157,8 @@ def check_actor(actor: PreTrainedModel, longest_prompt: int, sampling: SamplingC
             f"make_actor must return a transformers model without adapters, got {type(actor).__name__}: return the "
             "plain model and pass a lora_rank, or merge its adapters first (merge_and_unload())"
         )
-    limit = positions(actor.config)
+    check_vocabulary(actor, prompts)
+    limit, longest_prompt = positions(actor.config), max(map(len, prompts))
     if limit is not None and longest_prompt >= limit:
         raise InputError(
             f"the longest prompt has {longest_prompt} tokens, as many as the model's {limit} positions or more: pass "

@@ -4,6 +4,7 @@ import copy
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -113,6 +114,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there is none, or it has no end-of-sequence token.
     """
+    check_exists(model, "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -123,6 +125,15 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     check_tokenizer(tokenizer)
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def check_exists(model: str, files: str) -> None:
+    """
+    Raises:
+        InputError: what is written as a folder is none.
+    """
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise InputError(f"there is no folder {model!r}: give one with {files}, or a hub id")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -180,17 +191,26 @@ def load_actor(
         adapter: says how its trunk is loaded, instead of dtype.
         attention: attn_implementation; transformers' choice if None.
     Raises:
-        InputError: it cannot be loaded.
+        InputError: it cannot be loaded, or not whole: some other model.
     """
-    options = {"dtype": dtype} if adapter is None else loading(adapter)
+    check_exists(model, "config.json and model.safetensors")
+    options: dict[str, Any] = {"dtype": dtype} if adapter is None else loading(adapter)
     options |= {} if attention is None else {"attn_implementation": attention}
     try:
-        return with_gradients(AutoModelForCausalLM.from_pretrained(model, **options))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"no causal language model could be loaded from {model!r}: give a folder with config.json and "
             f"model.safetensors, or a hub id. ({brief(error)})"
         ) from error
+    found, info = loaded
+    if info["missing_keys"]:
+        names = sorted(info["missing_keys"])
+        raise InputError(
+            f"{model!r} is no whole causal language model: it has no weights for {', '.join(names[:4])}"
+            f"{', ...' if len(names) > 4 else ''}, which would be random"
+        )
+    return with_gradients(found)
 
 
 def new_reward_model(

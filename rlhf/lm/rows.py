@@ -39,6 +39,10 @@ class Demonstration(NamedTuple):
     def tokens(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
+    @property
+    def parts(self) -> list[list[int]]:
+        return [self.prompt_ids, self.completion_ids]
+
 
 class Pair(NamedTuple):
     """Tokens of prompt and answer, the better and the worse; margin in score units."""
@@ -50,6 +54,10 @@ class Pair(NamedTuple):
     @property
     def tokens(self) -> int:
         return max(len(self.chosen_ids), len(self.rejected_ids))
+
+    @property
+    def parts(self) -> list[list[int]]:
+        return [self.chosen_ids, self.rejected_ids]
 
 
 class Unusable(Exception):
@@ -164,7 +172,9 @@ def _split(row: Row, tokenizer: PreTrainedTokenizerBase, column: str, plain_text
     answer = row.get(column)
     rejected = answer if column == "completion" or row.get("rejected") is None else row["rejected"]
     if answer is None or (row.get("prompt") is None and rejected is answer):
-        raise InputError(f"no known form, got columns {sorted(row)}: there must be {FORMS}")
+        given, empty = (sorted(name for name, x in row.items() if (x is None) == none) for none in (False, True))
+        missing = f" (nothing in {', '.join(empty)})" if empty else ""
+        raise InputError(f"no known form, got columns {given}{missing}: there must be {FORMS}")
     if isinstance(answer, str) and isinstance(rejected, str):
         if row.get("prompt") is not None:
             return _text(row, "prompt"), answer, rejected

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from rlhf.checks import InputError, check_choice, check_range
 from rlhf.lm.attention import positions
-from rlhf.lm.checks import MAY_CHANGE, check_launch
+from rlhf.lm.checks import MAY_CHANGE, check_launch, check_vocabulary
 from rlhf.lm.config import AdapterConfig, FitRunConfig, LRSchedule
 from rlhf.lm.data import DataConfig
 from rlhf.lm.hub import check_hub, push
@@ -51,6 +51,11 @@ class HasTokens(Protocol):
     @property
     def tokens(self) -> int:
         """Of its longest sequence."""
+        ...
+
+    @property
+    def parts(self) -> list[list[int]]:
+        """All of them."""
         ...
 
 
@@ -201,6 +206,7 @@ class SupervisedTrainer(Generic[R]):
         accelerator.wait_for_everyone()
 
     def _check_lengths(self) -> None:
+        check_vocabulary(self.model, [ids for row in (*self.train_rows, *self.held_out) for ids in row.parts])
         longest, limit = max(row.tokens for row in (*self.train_rows, *self.held_out)), positions(self.model.config)
         if limit is not None and longest > limit:
             raise InputError(
@@ -312,7 +318,7 @@ class SupervisedTrainer(Generic[R]):
         return {f"held_out/{name}": x for name, x in found.items()}
 
     def _is_due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
+        return every > 0 and (self.step % every == 0 or self.step == self.steps)
 
     def save_checkpoint(self) -> None:
         """Everything that training needs to go on as if it had never stopped."""

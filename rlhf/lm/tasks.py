@@ -251,6 +251,13 @@ def tokenize_prompts(
     Raises:
         InputError: a prompt is empty, or too long and not to be dropped; or all are dropped.
     """
+    for number, row in enumerate(rows, start=1):
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str):
+            raise InputError(
+                f"row {number} must have a column prompt with text, got {type(prompt).__name__}: render messages first"
+                ", with the tokenizer's apply_chat_template, and say Task(add_special_tokens=False)"
+            )
     token_ids = unended([row["prompt"] for row in rows], tokenizer, add_special_tokens=add_special_tokens)
     lengths = [len(ids) for ids in token_ids]
     if min(lengths) == 0:
@@ -260,8 +267,8 @@ def tokenize_prompts(
     if too_long and (not drop_long or too_long == len(rows)):
         raise InputError(
             f"{too_long} of {len(rows)} prompts are longer than max_prompt_tokens = {max_prompt_tokens}; the longest, "
-            f"row {lengths.index(longest) + 1}, has {longest} tokens: pass --max-prompt-tokens {longest}, or "
-            "--drop-long-prompts to leave them out"
+            f"row {lengths.index(longest) + 1}, has {longest} tokens: pass --max-prompt-tokens {longest}"
+            + ("; without them none is left" if drop_long else ", or --drop-long-prompts to leave them out")
         )
     if too_long:
         print(f"{too_long} of {len(rows)} prompts are longer than {max_prompt_tokens} tokens and left out")

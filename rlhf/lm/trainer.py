@@ -13,7 +13,8 @@ from accelerate.utils import broadcast, set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.kl import adapt_kl_coef_proportionally
-from rlhf.lm.checks import MAY_CHANGE, check_actor, check_other_models, check_processes, check_rewards
+from rlhf.lm import checks
+from rlhf.lm.checks import check_actor, check_arguments, check_other_models, check_processes, check_rewards
 from rlhf.lm.config import TrainerConfig
 from rlhf.lm.dynamic_sampling import Batch
 from rlhf.lm.evaluation import HeldOut
@@ -87,6 +88,7 @@ class Trainer:
         check_tracker(run.log_with)
         check_hub(run.push_to_hub)
         accelerator = default_accelerator(config.run) if accelerator is None else accelerator
+        check_arguments(tokenizer, make_actor, reward_functions)
         self.config, self.tokenizer, self.accelerator, self.task = config, tokenizer, accelerator, task
         self.reward_functions = [task.verifier] if reward_functions is None else list(reward_functions)
         self.judges = [*self.reward_functions, task.verifier]
@@ -105,7 +107,7 @@ class Trainer:
         )
         self.folder = RunFolder(run.run_dir)
         if run.resume:
-            self._checkpoint = check_resumable(self.folder, config.as_dict(), may_change=MAY_CHANGE)
+            self._checkpoint = check_resumable(self.folder, config.as_dict(), may_change=checks.MAY_CHANGE)
         else:
             check_creatable(run.run_dir)
         self._build_models(held_out_prompts, make_actor, make_engine)
@@ -131,13 +133,14 @@ class Trainer:
         make_engine: Callable[[PreTrainedModel], Engine] | None,
     ) -> None:
         config, accelerator = self.config, self.accelerator
-        longest = max(len(ids) for x in (self.train_prompts, held_out_prompts) for ids in x.token_ids)
+        token_ids = [*self.train_prompts.token_ids, *held_out_prompts.token_ids]
+        longest = max(map(len, token_ids))
         check_other_models(config, self.judges, self.tokenizer, longest)
         if config.run.resume:
             actor, self._origin = load_initial(self.folder.path)
         else:
             actor = make_actor()
-            check_actor(actor, longest, config.sampling)
+            check_actor(actor, token_ids, config.sampling)
             self._origin = origin_of(actor)
         self.memory_plan = plan_run(
             actor, config, accelerator, longest_prompt=longest, reward_models=whole_models(self.judges)
@@ -208,6 +211,8 @@ class Trainer:
             JsonLines(self.folder.samples) if main else nullcontext() as samples_log,
             running(self.judges),
         ):
+            if config.run.resume:
+                view.say(f"resuming at step {self.step:,} of {config.optimization.steps:,}")
             if self.step == 0:
                 view.say(f"evaluating on {self.held_out.count} held-out prompts before training")
                 evaluation = self._evaluate(view)
@@ -311,7 +316,7 @@ class Trainer:
             )
 
     def _is_due(self, every: int) -> bool:
-        return every > 0 and self.step % every == 0
+        return every > 0 and (self.step % every == 0 or self.step == self.config.optimization.steps)
 
     def _evaluate(self, view: LiveView) -> dict[str, float]:
         started = time.perf_counter()

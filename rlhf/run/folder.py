@@ -110,9 +110,11 @@ def check_creatable(path: Path | str) -> None:
         InputError: the folder cannot be written.
     """
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise RunExistsError(f"{path} is a file, not a folder: choose another --run-dir")
+    if path == Path():
+        raise InputError("the run folder is the current one itself: give it a name, as in --run-dir runs/mine")
     nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise RunExistsError(f"{nearest} is a file, not a folder: choose another --run-dir")
     if not os.access(nearest, os.W_OK):
         raise InputError(f"{path} cannot be written ({nearest} is not writable): choose another --run-dir")
     found = [name for name in _RUN_FILES if (path / name).exists()]

@@ -99,7 +99,9 @@ def load_state(folder: Path | str, device: torch.device | str = "cpu") -> Any:
         return _decoded(tree["state"], tensors)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{folder / _TREE} is damaged or does not belong to {_TENSORS} beside it ({error!r})"
-        raise CheckpointError(f"{reason}: resume from another checkpoint") from error
+        raise CheckpointError(
+            f"{reason}: move that checkpoint's folder away, and --resume goes on from the one before"
+        ) from error
 
 
 def _encoded(value: object, path: str, found: _FoundTensors) -> Any:
@@ -157,9 +159,13 @@ def _read_tree(path: Path) -> dict[str, Any]:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: resume from another checkpoint") from error
+        raise CheckpointError(
+            f"{path} is missing: move that checkpoint's folder away, and --resume goes on from the one before"
+        ) from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): resume from another checkpoint") from error
+        raise CheckpointError(
+            f"{path} is damaged ({error}): move that checkpoint's folder away, and --resume goes on from the one before"
+        ) from error
     if not isinstance(tree, dict) or tree.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of format {_FORMAT}, the one this version reads")
     return tree
@@ -169,9 +175,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: resume from another checkpoint") from error
+        raise CheckpointError(
+            f"{path} is missing: move that checkpoint's folder away, and --resume goes on from the one before"
+        ) from error
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}): resume from another checkpoint") from error
+        raise CheckpointError(
+            f"{path} is damaged ({error}): move that checkpoint's folder away, and --resume goes on from the one before"
+        ) from error
 
 
 def _decoded(node: Any, tensors: dict[str, Tensor]) -> Any:
