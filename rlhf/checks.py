@@ -41,9 +41,8 @@ def check_mask(**masks: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise InputError(f"{name} must be a bool tensor, got {type(x).__name__}")
         if x.dtype != torch.bool:
-            raise InputError(
-                f"{name} must be bool (True where the policy acted), got {x.dtype}; convert it with .bool()"
-            )
+            meaning = " (True where the policy acted)" if name == "action_mask" else ""
+            raise InputError(f"{name} must be bool{meaning}, got {x.dtype}; convert it with .bool()")
 
 
 def check_time_axis(**tensors: Tensor) -> None:

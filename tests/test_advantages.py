@@ -459,7 +459,7 @@ X, M = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
 BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "shapes": (lambda: gae(X, torch.zeros(2, 4), M), r"rewards \[2, 3\], values \[2, 4\], action_mask \[2, 3\]"),
     "mask": (lambda: gae(X, X, M.float()), "action_mask must be bool"),
-    "flag type": (lambda: gae(X, X, M, terminated=X), "terminated must be bool"),
+    "flag type": (lambda: gae(X, X, M, terminated=X), "terminated must be bool, got"),
     "flag shape": (lambda: gae(X, X, M, terminated=M[0]), r"terminated \[3\]"),
     "rewards": (lambda: monte_carlo_returns(X.long(), M), "rewards must be floating point"),
     "no time": (lambda: monte_carlo_returns(X[:, :0], M[:, :0]), r"rewards must be \[..., T\]"),

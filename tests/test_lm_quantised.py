@@ -36,7 +36,7 @@ def test_from_pretrained_is_told(bits: str, dtype: str, monkeypatch: pytest.Monk
     told: dict[str, Any] = {}
     monkeypatch.setattr(
         "rlhf.lm.models.AutoModelForCausalLM.from_pretrained",
-        lambda model, **options: told.update(options) or tiny_model(),
+        lambda model, **options: told.update(options) or (tiny_model(), {"missing_keys": set()}),
     )
     load_actor("somewhere", adapter=adapter(bits, dtype=dtype))
     quantization = told["quantization_config"]
@@ -49,7 +49,7 @@ def test_from_pretrained_is_told(bits: str, dtype: str, monkeypatch: pytest.Monk
     assert {"lm_head", "score"} <= set(quantization.llm_int8_skip_modules)
     told.clear()
     load_actor("somewhere", adapter=AdapterConfig())
-    assert told == {"dtype": torch.float32}
+    assert told == {"dtype": torch.float32, "output_loading_info": True}
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -196,6 +196,14 @@ def test_completions_that_no_function_judges_are_counted_and_score_nothing(tmp_p
         assert row["reward/never"] is None
 
 
+def test_a_reward_that_never_has_a_verdict_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no reward function had a verdict on any completion"):
+        make_trainer(
+            make_config(tmp_path / "run", optimization={"steps": 1}),
+            reward_functions=[lambda completions: [None] * len(completions)],
+        ).train()
+
+
 def test_the_actor_learns_and_the_flipped_sign_unlearns(tmp_path: Path) -> None:
     """A reward that a random model can raise within seconds: the share of digits in what it writes."""
 

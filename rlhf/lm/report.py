@@ -1,6 +1,7 @@
 """What a run says of itself: metrics of a round, samples, plots."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,8 @@ def collection_metrics(rollout: Rollout, experience: Experience) -> dict[str, fl
         metrics |= {f"reward/{name}": x for name, x in zip(rollout.reward_names, means, strict=True)}
     judged = batch.components[:, [name != OVERLONG for name in rollout.reward_names]]
     metrics["reward/without_verdict"] = float(judged.isnan().all(-1).float().mean())
+    if metrics["reward/without_verdict"] == 1:
+        warnings.warn("no reward function had a verdict on any completion of this step: all score 0", stacklevel=2)
     if experience.ref_log_probs is not None:
         metrics["kl/sequence"] = sequence_kl(rollout.predictions, mask)
     trained = experience.sequences.action_mask  # where truncated completions are left out, the others'
