@@ -3,7 +3,7 @@
 import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from step_contestants import (
@@ -87,32 +87,45 @@ def their_step(options: Options, lengths: Lengths, name: str, folder: Path, conn
     trainer.train()
 
 
-def schedule_generate(trainer: Any, clock: Clock, table: LengthTable) -> None:
-    """model.generate, each row of its own length."""
+class Ends(NamedTuple):
+    """Where the rows of a call of model.generate end."""
+
+    prompts: list[list[int]]
+    wanted: list[int]
+    limits: Tensor
+    stopping_criteria: Any  # once all rows have
+
+
+def ends_of(table: LengthTable, input_ids: Tensor, attention_mask: Tensor) -> Ends:
     from transformers import StoppingCriteriaList
 
+    prompts = kept_tokens(input_ids, attention_mask)
+    wanted = table.of(prompts)
+    limits = torch.tensor(wanted, device=input_ids.device)
+    ends = limits + input_ids.shape[1]
+    criteria = [lambda ids, scores, **_: ids.shape[1] >= ends] if table.lengths == "natural" else []
+    return Ends(prompts, wanted, limits, StoppingCriteriaList(criteria))
+
+
+def schedule_generate(trainer: Any, clock: Clock, table: LengthTable) -> None:
+    """model.generate, each row of its own length."""
     model, eos = trainer.model, trainer.processing_class.eos_token_id
     inner = model.generate
 
     def generate(input_ids: Tensor, attention_mask: Tensor, generation_config: Any) -> Tensor:
-        prompts = kept_tokens(input_ids, attention_mask)
-        wanted = table.of(prompts)
-        limits = torch.tensor(wanted, device=input_ids.device)
-        width, natural = input_ids.shape[1], table.lengths == "natural"
+        ends, width = ends_of(table, input_ids, attention_mask), input_ids.shape[1]
         generation_config.eos_token_id = None
-        generation_config.max_new_tokens = max(wanted)
-        ends = limits + width
-        criteria = [lambda ids, scores, **_: ids.shape[1] >= ends] if natural else []
+        generation_config.max_new_tokens = max(ends.wanted)
         with clock.part("generate"):
             found = inner(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=generation_config,
-                stopping_criteria=StoppingCriteriaList(criteria),
+                stopping_criteria=ends.stopping_criteria,
             )
-        clock.count(prompts, wanted)
-        assert found.shape[1] == width + max(wanted)
-        completions = with_ends(found[:, width:], limits, eos, ended=natural)
+        clock.count(ends.prompts, ends.wanted)
+        assert found.shape[1] == width + max(ends.wanted)
+        completions = with_ends(found[:, width:], ends.limits, eos, ended=table.lengths == "natural")
         return torch.cat([input_ids, completions], -1)
 
     model.generate = generate

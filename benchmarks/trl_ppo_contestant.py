@@ -15,7 +15,6 @@ from step_contestants import (
     LengthTable,
     Options,
     Turns,
-    kept_tokens,
     load_model,
     load_tokenizer,
     prompt_texts,
@@ -23,6 +22,7 @@ from step_contestants import (
     with_ends,
 )
 from torch import Tensor, nn
+from trl_contestant import ends_of
 
 
 def their_ppo_step(options: Options, lengths: Lengths, folder: Path, connection: Connection) -> None:
@@ -112,33 +112,26 @@ class NoReward(nn.Module):
 
 def schedule_generate(trainer: Any, clock: Clock, table: LengthTable) -> None:
     """model.generate, each row of its own length; here it gives logits too."""
-    from transformers import StoppingCriteriaList
-
     tokenizer, policy = trainer.processing_class, trainer.model.policy
     inner = policy.generate
 
     def generate(input_ids: Tensor, attention_mask: Tensor, generation_config: Any, **settings: Any) -> Any:
-        prompts = kept_tokens(input_ids, attention_mask)
-        wanted = table.of(prompts)
-        limits = torch.tensor(wanted, device=input_ids.device)
-        width, natural = input_ids.shape[1], table.lengths == "natural"
+        ends, width = ends_of(table, input_ids, attention_mask), input_ids.shape[1]
         policy.generation_config.eos_token_id = None
-        generation_config.max_new_tokens = max(wanted)
-        ends = limits + width
-        criteria = [lambda ids, scores, **_: ids.shape[1] >= ends] if natural else []
+        generation_config.max_new_tokens = max(ends.wanted)
         with clock.part("generate"):
             found = inner(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 generation_config=generation_config,
-                stopping_criteria=StoppingCriteriaList(criteria),
+                stopping_criteria=ends.stopping_criteria,
                 **settings,
             )
-        clock.count(prompts, wanted)
-        assert found.sequences.shape[1] == width + max(wanted)
+        clock.count(ends.prompts, ends.wanted)
+        assert found.sequences.shape[1] == width + max(ends.wanted)
         new = found.sequences[:, width:]
         new = torch.where(new == tokenizer.pad_token_id, 1, new)
-        completions = with_ends(new, limits, tokenizer.eos_token_id, ended=natural)
+        completions = with_ends(new, ends.limits, tokenizer.eos_token_id, ended=table.lengths == "natural")
         found.sequences = torch.cat([input_ids, completions], -1)
         return found
 
