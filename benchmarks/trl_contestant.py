@@ -1,9 +1,10 @@
 """TRL's GRPOTrainer as a contestant of step_vs_trl.py, with the settings that are told there."""
 
 import tempfile
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from step_contestants import (
@@ -23,6 +24,26 @@ from step_contestants import (
 from torch import Tensor
 
 
+def settings_of_all(options: Options) -> dict[str, Any]:
+    """What either of TRL's trainers is told."""
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "use_cpu": options.device == "cpu",
+        "bf16": False,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": "constant",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-8,
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": options.seed,
+    }
+
+
 def their_step(options: Options, lengths: Lengths, name: str, folder: Path, connection: Connection) -> None:
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -33,8 +54,7 @@ def their_step(options: Options, lengths: Lengths, name: str, folder: Path, conn
     at_once = min(16, options.sequences) if name == "trl-small" else options.sequences
     vllm = name == "trl-vllm"
     config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        use_cpu=options.device == "cpu",
+        **settings_of_all(options),
         max_steps=10_000,
         per_device_train_batch_size=at_once,
         gradient_accumulation_steps=options.sequences // at_once,
@@ -42,29 +62,17 @@ def their_step(options: Options, lengths: Lengths, name: str, folder: Path, conn
         max_completion_length=options.max_new_tokens,
         num_iterations=1,
         gradient_checkpointing=name == "trl-checkpointing",
-        bf16=False,
         loss_type="grpo",
         beta=options.kl,
         scale_rewards="group",
         mask_truncated_completions=False,
         shuffle_dataset=False,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="constant",
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        adam_epsilon=1e-8,
-        weight_decay=0.0,
         max_grad_norm=1.0,
         use_transformers_continuous_batching=name == "trl-continuous",
         use_vllm=vllm,
         vllm_mode="colocate",
         vllm_importance_sampling_correction=False,
         generation_kwargs={"ignore_eos": True} if vllm else None,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=options.seed,
     )
     callback = type("Waiting", (TrainerCallback,), {"on_step_begin": lambda self, *a, **k: turns.wait()})()
     trainer: Any = GRPOTrainer(
@@ -87,48 +95,38 @@ def their_step(options: Options, lengths: Lengths, name: str, folder: Path, conn
     trainer.train()
 
 
-class Ends(NamedTuple):
-    """Where the rows of a call of model.generate end."""
-
-    prompts: list[list[int]]
-    wanted: list[int]
-    limits: Tensor
-    stopping_criteria: Any  # once all rows have
-
-
-def ends_of(table: LengthTable, input_ids: Tensor, attention_mask: Tensor) -> Ends:
-    from transformers import StoppingCriteriaList
-
-    prompts = kept_tokens(input_ids, attention_mask)
-    wanted = table.of(prompts)
-    limits = torch.tensor(wanted, device=input_ids.device)
-    ends = limits + input_ids.shape[1]
-    criteria = [lambda ids, scores, **_: ids.shape[1] >= ends] if table.lengths == "natural" else []
-    return Ends(prompts, wanted, limits, StoppingCriteriaList(criteria))
-
-
 def schedule_generate(trainer: Any, clock: Clock, table: LengthTable) -> None:
     """model.generate, each row of its own length."""
     model, eos = trainer.model, trainer.processing_class.eos_token_id
     inner = model.generate
 
     def generate(input_ids: Tensor, attention_mask: Tensor, generation_config: Any) -> Tensor:
-        ends, width = ends_of(table, input_ids, attention_mask), input_ids.shape[1]
         generation_config.eos_token_id = None
-        generation_config.max_new_tokens = max(ends.wanted)
-        with clock.part("generate"):
-            found = inner(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=generation_config,
-                stopping_criteria=ends.stopping_criteria,
-            )
-        clock.count(ends.prompts, ends.wanted)
-        assert found.shape[1] == width + max(ends.wanted)
-        completions = with_ends(found[:, width:], ends.limits, eos, ended=table.lengths == "natural")
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "generation_config": generation_config}
+        found, limits = generate_to_ends(inner, clock, table, inputs)
+        completions = with_ends(found[:, input_ids.shape[1] :], limits, eos, ended=table.lengths == "natural")
         return torch.cat([input_ids, completions], -1)
 
     model.generate = generate
+
+
+def generate_to_ends(
+    generate: Callable[..., Any], clock: Clock, table: LengthTable, inputs: dict[str, Any]
+) -> tuple[Any, Tensor]:
+    """What model.generate gives for these inputs, until all rows have the table's lengths; and those lengths, [B]."""
+    from transformers import StoppingCriteriaList
+
+    prompts = kept_tokens(inputs["input_ids"], inputs["attention_mask"])
+    wanted, width = table.of(prompts), inputs["input_ids"].shape[1]
+    limits = torch.tensor(wanted, device=inputs["input_ids"].device)
+    ends = limits + width
+    criteria = [lambda ids, scores, **_: ids.shape[1] >= ends] if table.lengths == "natural" else []
+    inputs["generation_config"].max_new_tokens = max(wanted)
+    with clock.part("generate"):
+        found = generate(**inputs, stopping_criteria=StoppingCriteriaList(criteria))
+    clock.count(prompts, wanted)
+    assert getattr(found, "sequences", found).shape[1] == width + max(wanted)
+    return found, limits
 
 
 def schedule_batches(trainer: Any, clock: Clock, table: LengthTable) -> None:

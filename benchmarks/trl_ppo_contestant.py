@@ -2,7 +2,6 @@
 
 import copy
 import sys
-import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +21,7 @@ from step_contestants import (
     with_ends,
 )
 from torch import Tensor, nn
-from trl_contestant import ends_of
+from trl_contestant import generate_to_ends, settings_of_all
 
 
 def their_ppo_step(options: Options, lengths: Lengths, folder: Path, connection: Connection) -> None:
@@ -39,8 +38,7 @@ def their_ppo_step(options: Options, lengths: Lengths, folder: Path, connection:
     turns = Turns(connection, clock, table, resident(options.device))
     at_once = min(16, options.sequences)
     config = PPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        use_cpu=options.device == "cpu",
+        **settings_of_all(options),
         total_episodes=10_000 * options.sequences,
         per_device_train_batch_size=at_once,
         gradient_accumulation_steps=options.sequences // at_once,
@@ -57,18 +55,6 @@ def their_ppo_step(options: Options, lengths: Lengths, folder: Path, connection:
         lam=ours.gae_lambda,
         vf_coef=ours.value_coef,
         gradient_checkpointing=False,
-        bf16=False,
-        learning_rate=options.learning_rate,
-        lr_scheduler_type="constant",
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        adam_epsilon=1e-8,
-        weight_decay=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=options.seed,
     )
     tokenizer = load_tokenizer(folder)
     texts = [text for text in prompt_texts(options, lengths) for _ in range(options.samples_per_prompt)]
@@ -115,24 +101,14 @@ def schedule_generate(trainer: Any, clock: Clock, table: LengthTable) -> None:
     tokenizer, policy = trainer.processing_class, trainer.model.policy
     inner = policy.generate
 
-    def generate(input_ids: Tensor, attention_mask: Tensor, generation_config: Any, **settings: Any) -> Any:
-        ends, width = ends_of(table, input_ids, attention_mask), input_ids.shape[1]
+    def generate(**inputs: Any) -> Any:
         policy.generation_config.eos_token_id = None
-        generation_config.max_new_tokens = max(ends.wanted)
-        with clock.part("generate"):
-            found = inner(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                generation_config=generation_config,
-                stopping_criteria=ends.stopping_criteria,
-                **settings,
-            )
-        clock.count(ends.prompts, ends.wanted)
-        assert found.sequences.shape[1] == width + max(ends.wanted)
-        new = found.sequences[:, width:]
+        found, limits = generate_to_ends(inner, clock, table, inputs)
+        prompts = inputs["input_ids"]
+        new = found.sequences[:, prompts.shape[1] :]
         new = torch.where(new == tokenizer.pad_token_id, 1, new)
-        completions = with_ends(new, ends.limits, tokenizer.eos_token_id, ended=table.lengths == "natural")
-        found.sequences = torch.cat([input_ids, completions], -1)
+        completions = with_ends(new, limits, tokenizer.eos_token_id, ended=table.lengths == "natural")
+        found.sequences = torch.cat([prompts, completions], -1)
         return found
 
     policy.generate = generate

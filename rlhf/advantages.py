@@ -264,8 +264,7 @@ def vtrace(
     Returns:
         VTraceEstimate(advantages [..., T], targets [..., T]), 0 in masked slots.
     Raises:
-        InputError: shapes differ, a mask is not bool, a coefficient is out of range, truncated without
-            bootstrap_values.
+        InputError: shapes differ, a mask is not bool, a number is out of range, or truncated lacks bootstrap_values.
     Source: Espeholt et al. 2018 (IMPALA), arXiv:1802.01561, eq. 1 and section 4.2; lambda: remark 2.
     """
     check_range("vtrace_lambda", vtrace_lambda, low=0, high=1)
