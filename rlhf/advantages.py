@@ -249,8 +249,7 @@ def vtrace(
     They include the ratio: their loss is `reinforce_loss`, without a second one.
 
     On-policy, with no clip below 1, the targets are `td_lambda_returns`. `rho_clip` decides whose V is learnt (pi's if
-    infinite, nearer mu's the smaller it is), `c_clip` how far corrections reach back; far above 1, the products
-    of c_t overflow over many steps.
+    infinite, nearer mu's the smaller it is), `c_clip` how far corrections reach back; far above 1, c_t may overflow.
 
     Args:
         rewards: [..., T] float, reward units.
